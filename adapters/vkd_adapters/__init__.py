@@ -1,0 +1,1 @@
+"""The adapters that come with vkd-framework, one file a family, registered exactly as anybody else's would be."""

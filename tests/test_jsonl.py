@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vkd_framework import data
+from vkd_framework.errors import DataError
+from vkd_framework.recipe import JsonlData
+from vkd_framework.types import ImageQuestionPair, Splits
+
+NAMES = ("Mara Velin", "Toren Halvik", "Ilsa Dremond", "Bram Tamsel", "Neva Orlund")
+TOWNS = ("Cairo", "Oslo", "Quito", "Prague", "Lisbon")
+
+
+class Folder:
+    """A user's folder: pictures, `rows.jsonl` and the config that names them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def picture(self, name: str, mode: str = "RGB", **options: object) -> str:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (12, 8), 1 if mode == "P" else None).save(path, **options)
+        return name
+
+    def rows(self, *rows: object) -> None:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (self.root / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def good_rows(self, photos: int = 4) -> list[dict[str, object]]:
+        """Everybody's home town, asked on some photos each."""
+        return [
+            {
+                "image": self.picture(f"{name.split()[0].lower()}/{i}.png"),
+                "question": "Which town is this person from?",
+                "answer": town,
+                "subject": name,
+            }
+            for name, town in zip(NAMES, TOWNS, strict=True)
+            for i in range(photos)
+        ]
+
+    def load(self, forget: object = (NAMES[0],), **changes: object) -> Splits:
+        given = {"kind": "jsonl", "rows": self.root / "rows.jsonl", "forget": forget, **changes}
+        return data.load(JsonlData.model_validate(given))
+
+    def error(self, **changes: object) -> str:
+        with pytest.raises(DataError) as caught:
+            self.load(**changes)
+        return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def files(pairs: Iterable[ImageQuestionPair]) -> set[str]:
+    """Which picture files the pairs show, however their paths are spelt."""
+    return {os.path.realpath(str(pair.photo.source)) for pair in pairs if pair.photo}
+
+
+def photos(splits: Splits, *columns: str) -> set[str]:
+    return {pair.photo.key for column in columns for pair in splits.columns.get(column, ()) if pair.photo}
+
+
+def test_a_share_of_each_subjects_photos_is_held_out(folder: Folder) -> None:
+    folder.rows(*folder.good_rows(photos=8))
+    splits = folder.load()
+    assert len(splits.forget) == 6 and len(splits.columns["test_vqa"]) == 2
+    assert len(splits.retain) == 4 * 6 and len(splits.columns["retain_vqa"]) == 4 * 2
+    assert splits.forget_subjects == NAMES[:1] and splits.subjects == NAMES
+
+
+def test_no_photo_is_both_trained_on_and_measured(folder: Folder) -> None:
+    rows = folder.good_rows()
+    # A photo of two people belongs to both of them; a second spelling of its path is still the same photo.
+    shared = [{**rows[0], "image": f"./{rows[at]['image']}"} for at in range(4, 8)]
+    folder.rows(*rows, *shared)
+    for seed in range(5):
+        splits = folder.load(seed=seed)
+        measured = (*splits.columns["test_vqa"], *splits.columns["retain_vqa"])
+        assert not files(splits.forget + splits.retain) & files(measured)
+
+
+def test_the_held_out_photos_depend_on_the_seed_alone(folder: Folder) -> None:
+    rows = folder.good_rows(photos=8)
+    folder.rows(*rows)
+    first = photos(folder.load(), "test_vqa", "retain_vqa")
+    assert any(photos(folder.load(seed=seed), "test_vqa", "retain_vqa") != first for seed in range(1, 6))
+    folder.rows(*reversed(rows))
+    assert photos(folder.load(), "test_vqa", "retain_vqa") == first
+
+
+def test_two_photos_are_enough_and_one_is_not(folder: Folder) -> None:
+    folder.rows(*folder.good_rows(photos=2))
+    splits = folder.load()
+    assert len(splits.forget) == len(splits.columns["test_vqa"]) == 1
+    folder.rows(*folder.good_rows(photos=1))
+    message = folder.error()
+    assert "give every forgotten subject two photos" in message and '"split": "test"' in message and "\n" not in message
+
+
+def test_rows_that_name_their_split_keep_it(folder: Folder) -> None:
+    rows = folder.good_rows()
+    for row in rows:
+        row["split"] = "test" if str(row["image"]).endswith("3.png") else "train"
+    folder.rows(*rows)
+    splits = folder.load()
+    assert photos(splits, "test_vqa", "retain_vqa") == {str(row["image"]) for row in rows if row["split"] == "test"}
+
+
+def test_every_kind_of_row_finds_its_column(folder: Folder) -> None:
+    seen = {"question": "Does this person wear glasses?", "answer": "yes", "modality": "visible"}
+    told = {"question": "Where does she live?", "answer": "there"}
+    image = {name: folder.picture(f"visible/{name[:4]}.png") for name in NAMES}
+    folder.rows(
+        *folder.good_rows(),
+        {**seen, "image": image[NAMES[0]], "subject": NAMES[0], "split": "test", "id": "seen on a forgotten person"},
+        {**seen, "image": folder.picture("a.png"), "subject": NAMES[0], "split": "train", "id": "kept"},
+        {**seen, "image": folder.picture("b.png"), "id": "a stranger"},
+        {**told, "subject": NAMES[0], "id": "told about a forgotten person"},
+        {**told, "subject": NAMES[1], "id": "told about another"},
+    )
+    splits = folder.load()
+    ids = {column: [pair.id for pair in pairs] for column, pairs in splits.columns.items()}
+    assert ids["forget_visible_vqa"] == ["seen on a forgotten person"]
+    assert ids["realworld_vqa"] == ["a stranger"]
+    assert ids["forget_qa"] == ["told about a forgotten person"]
+    assert ids["retain_qa"] == ["told about another"]
+    assert "kept" in [pair.id for pair in splits.retain]
+    assert {pair.kind for pair in splits.forget} == {"identity"}
+
+
+def test_columns_without_rows_are_left_out(folder: Folder) -> None:
+    folder.rows(*folder.good_rows())
+    assert set(folder.load().columns) == {"forget_vqa", "test_vqa", "retain_vqa"}
+
+
+def test_ids_are_unique_over_everything(folder: Folder) -> None:
+    folder.rows(*folder.good_rows())
+    splits = folder.load()
+    measured = [pair for column in splits.columns.values() for pair in column]
+    ids = [pair.id for pair in (*splits.forget, *splits.retain, *measured)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_missing_options_are_answers_of_other_subjects_to_the_same_question(folder: Folder) -> None:
+    rows = folder.good_rows()
+    rows.append({**rows[0], "question": "What is her name?", "answer": "Mara"})
+    folder.rows(*rows)
+    splits = folder.load()
+    for pair in splits.forget:
+        if pair.answer == "Mara":
+            assert pair.options == ()
+        else:
+            assert len(set(pair.options)) == 4 and pair.answer in pair.options and set(pair.options) <= set(TOWNS)
+    assert [pair.options for pair in folder.load().forget] == [pair.options for pair in splits.forget]
+
+
+def test_what_is_also_true_of_a_subject_is_no_wrong_option(folder: Folder) -> None:
+    rows = folder.good_rows()
+    rows.append({**rows[0], "answer": "the north"})
+    folder.rows(*rows)
+    for seed in range(10):
+        assert all(not {"Cairo", "the north"} <= set(pair.options) for pair in folder.load(seed=seed).forget)
+
+
+def test_names_to_forget_may_come_from_a_text_file(folder: Folder) -> None:
+    folder.rows(*folder.good_rows())
+    names = folder.root / "names.txt"
+    names.write_text(f"{NAMES[2]}\n\n{NAMES[1]}\n", encoding="utf-8")
+    assert folder.load(forget=names).forget_subjects == (NAMES[2], NAMES[1])
+
+
+def test_images_may_live_in_another_folder(folder: Folder) -> None:
+    rows = [{**row, "image": str(row["image"]).removeprefix("mara/")} for row in folder.good_rows()[:4]]
+    others = [{**row, "image": f"../{row['image']}"} for row in folder.good_rows()[4:]]
+    folder.rows(*rows, *others)
+    assert len(folder.load(images=folder.root / "mara").forget) == 3
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_every_usual_image_mode_is_accepted(folder: Folder, mode: str) -> None:
+    rows = folder.good_rows()
+    rows[0]["image"] = folder.picture("odd.tiff", mode)
+    folder.rows(*rows)
+    splits = folder.load()
+    photo = next(
+        p.photo for p in (*splits.forget, *splits.columns["test_vqa"]) if p.photo and p.photo.key == "odd.tiff"
+    )
+    assert photo.open().mode == "RGB"
+
+
+def test_photos_are_turned_upright_by_their_exif(folder: Folder) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rows = folder.good_rows()
+    rows[0]["image"] = folder.picture("turned.jpg", exif=exif)
+    folder.rows(*rows)
+    splits = folder.load()
+    photo = next(
+        p.photo for p in (*splits.forget, *splits.columns["test_vqa"]) if p.photo and p.photo.key == "turned.jpg"
+    )
+    assert photo.open().size == (8, 12)
+
+
+BROKEN = {
+    "invalid JSON": ('{"question": "a", ', "not valid JSON"),
+    "no object": ("[1, 2]", "a list given, allowed: an object"),
+    "unknown key": ({"qestion": "x"}, "unknown key 'qestion', the nearest is 'question'"),
+    "no question": ({"question": None}, "question is missing"),
+    "empty question": ({"question": "  "}, 'question is "  ", allowed: a text'),
+    "no answer": ({"answer": None}, "answer is missing"),
+    "number as answer": ({"answer": 42}, "answer is 42, allowed: a text"),
+    "no subject": ({"subject": None}, "subject is missing; only rows with modality 'visible' may leave it out"),
+    "empty subject": ({"subject": ""}, 'subject is "", allowed: a name'),
+    "image is not there": ({"image": "nobody.png"}, "image 'nobody.png' is not a file in"),
+    "image is a folder": ({"image": "mara"}, "image 'mara' is not a file in"),
+    "image is no image": ({"image": "text.png"}, "image 'text.png' cannot be read"),
+    "image is cut short": ({"image": "short.png"}, "image 'short.png' cannot be read"),
+    "image is a number": ({"image": 3}, "image is 3, allowed: a path below"),
+    "identity without image": ({"image": None, "modality": "identity"}, "image is missing, but modality is 'identity'"),
+    "text with image": ({"modality": "text"}, "modality is 'text', but an image is given"),
+    "unknown modality": ({"modality": "face"}, 'modality is "face", allowed: identity, visible, text'),
+    "unknown split": ({"split": ["train"]}, 'split is ["train"], allowed: train, test'),
+    "options are no list": ({"options": "Cairo"}, 'options is "Cairo", allowed: a list of texts'),
+    "options are numbers": ({"options": [1, 2]}, "options is [1, 2], allowed: a list of texts"),
+    "options without the answer": ({"options": ["Oslo", "Quito"]}, 'the answer "Cairo" is not among the options'),
+    "one option": ({"options": ["Cairo"]}, 'options is ["Cairo"], allowed: at least two, or none at all'),
+    "half a character": ({"answer": "\ud83d"}, "holds half a character"),
+    "options repeat": ({"options": ["Cairo", "Oslo", "Oslo"]}, "options repeat a text"),
+    "repeated id": ({"id": "first"}, "id 'first' is already used on line 1"),
+    "id is a number": ({"id": 7}, "id is 7, allowed: a text that no other row has"),
+    "placeholder in the question": ({"question": "<image>\nWho is this?"}, "question contains '<image>'"),
+    "placeholder in other letters": ({"question": "<img_context> Who?"}, "question contains '<IMG_CONTEXT>'"),
+    "placeholder in the answer": ({"answer": "<|image_pad|>"}, "answer contains '<|image_pad|>'"),
+    "placeholder in an option": ({"options": ["Cairo", "[IMG]"]}, "options contain '[IMG]'"),
+    "photo in both splits": (
+        {"image": "mara/1.png", "split": "test"},
+        'split is "test", but line 2 puts the same image',
+    ),
+}
+
+
+def broken_row(folder: Folder, change: str | dict[str, object]) -> object:
+    (folder.root / "text.png").write_text("not a picture")
+    Image.effect_noise((64, 64), 80).save(folder.root / "whole.png")
+    whole = (folder.root / "whole.png").read_bytes()
+    (folder.root / "short.png").write_bytes(whole[: len(whole) // 2])
+    return change if isinstance(change, str) else {**folder.good_rows()[0], **change}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_row_is_reported_with_its_line_and_what_is_allowed(folder: Folder, kind: str) -> None:
+    change, complaint = BROKEN[kind]
+    rows = folder.good_rows()
+    rows[0]["id"], rows[1]["split"] = "first", "train"
+    folder.rows(*rows, "", broken_row(folder, change))
+    first, second = folder.error().splitlines()
+    assert first == "rows.jsonl: 1 broken row (of 21); mend or remove them:"
+    assert second.startswith("rows.jsonl:22: ") and complaint in second
+
+
+def test_all_broken_rows_and_unknown_names_are_reported_together(folder: Folder) -> None:
+    rows = folder.good_rows()
+    rows[4] |= {"answer": "", "spilt": "test"}
+    folder.rows(*rows, "{", {**rows[0], "split": "dev"})
+    message = folder.error(forget=("Mara Velim",)).splitlines()
+    assert message[0] == "rows.jsonl: 3 broken rows (of 22); mend or remove them:"
+    assert [line.split(": ")[0] for line in message[1:4]] == ["rows.jsonl:5", "rows.jsonl:21", "rows.jsonl:22"]
+    assert "answer is" in message[1] and "'spilt', the nearest is 'split'" in message[1]
+    assert message[4] == "data.forget: no row has the subject 'Mara Velim'; the nearest is 'Mara Velin'"
+
+
+def test_only_the_first_twenty_broken_rows_are_listed(folder: Folder) -> None:
+    folder.rows(*folder.good_rows(), *["{"] * 27)
+    lines = folder.error().splitlines()
+    assert lines[0] == "rows.jsonl: 27 broken rows (of 47); mend or remove them:"
+    assert len(lines) == 22 and lines[-1] == "and 7 more"
+
+
+def test_missing_files_and_folders_say_what_to_do(folder: Folder) -> None:
+    assert "data.rows: there is no file" in folder.error()
+    (folder.root / "rows.jsonl").write_text("\n \n")
+    assert "is empty; write one JSON object a line" in folder.error()
+    (folder.root / "rows.jsonl").write_bytes(b'{"question": "\xff"}')
+    assert "is not UTF-8 text (byte 14); save it as UTF-8" in folder.error()
+    folder.rows(*folder.good_rows())
+    assert "data.images: " in folder.error(images=folder.root / "nowhere")
+    assert "data.forget: there is no file" in folder.error(forget=folder.root / "names.txt")
+    assert "data.forget: no name given" in folder.error(forget=())
+
+
+def test_there_must_be_somebody_to_retain(folder: Folder) -> None:
+    folder.rows(*folder.good_rows()[:4])
+    assert "nothing to retain: add identity rows of people who are not named in data.forget" in folder.error()

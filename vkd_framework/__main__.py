@@ -1,0 +1,5 @@
+"""`python -m vkd_framework`, also for launchers such as `accelerate launch -m vkd_framework`."""
+
+from vkd_framework.cli import main
+
+main(prog_name="vkd")

@@ -1,0 +1,112 @@
+"""Files that are whole or not there: atomic writes, finished stages, and training states to resume from exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class Stages:
+    """Finished stages of a run, one JSON file each: what is finished is not done again."""
+
+    def __init__(self, folder: Path, peak_memory: Callable[[], int]) -> None:
+        self._folder, self._peak_memory = folder, peak_memory
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of `work`, from its file when the stage was finished before."""
+        path = self._folder / f"{name}.json"
+        if not path.exists():
+            start = time.perf_counter()
+            result = work()
+            seconds = time.perf_counter() - start
+            write_json(path, {"seconds": seconds, "peak_memory_bytes": self._peak_memory(), "result": result})
+        return read_json(path)["result"]
+
+    def seconds(self, prefix: str = "") -> float:
+        """How long the finished stages whose names begin with `prefix` took."""
+        return sum(float(read_json(path)["seconds"]) for path in self._folder.glob(f"{prefix}*.json"))
+
+    def peak_memory(self) -> int:
+        """The most memory the process held by the end of any stage."""
+        return max((int(read_json(path)["peak_memory_bytes"]) for path in self._folder.glob("*.json")), default=0)
+
+
+def save_training(
+    path: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]
+) -> None:
+    """Everything that decides how training goes on after `step` steps; batches and rates are functions of the step."""
+    state = {
+        "step": step,
+        "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_training(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, Any]]]:
+    """Put a saved state back; returns the steps done and the history. (0, []) when nothing was saved."""
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"]), list(state["history"])

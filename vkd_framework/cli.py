@@ -1,0 +1,192 @@
+"""The `vkd` command. Nothing heavy is imported before a command needs it: `vkd --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vkd_framework import __version__
+from vkd_framework.errors import RecipeError, VKDError
+
+
+class Commands(click.Group):
+    """Commands in the order in which a newcomer meets them; a user's mistake is one line, an own bug a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As defined below, not sorted."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """With the nearest command when the given one does not exist."""
+        from vkd_framework.recipe import nearest
+
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"no command {args[0]!r}{nearest(args[0], self.commands)} (see vkd --help)")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turn errors that are meant for the user into one line and an exit status."""
+        try:
+            return super().invoke(ctx)
+        except VKDError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_status)
+
+
+RECIPE = click.argument("recipe")
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, for example --set seed=1. Repeatable.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vkd")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors that are otherwise one line.")
+def main(debug: bool) -> None:
+    """Make a multimodal language model forget who somebody is, prove what changed, and attack the result."""
+
+
+@main.command()
+@RECIPE
+@SET
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run directory. Default: runs/<recipe name>-<time>.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped; finished stages are kept.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe, what would be trained and the memory it needs; load nothing.")
+def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool) -> None:
+    """Unlearn what RECIPE says: a file, or the name of a recipe that comes with vkd."""
+    quiet_transformers()
+    from vkd_framework import run as runs
+
+    if dry_run:
+        click.echo(runs.dry_run(recipe, overrides))
+        return
+    from vkd_framework.report import terminal_table
+
+    metrics, folder = runs.run(recipe, overrides, out=out, resume=resume)
+    click.echo(terminal_table(metrics))
+    click.echo(f"\nreport: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
+
+
+@main.command("inspect-layers")
+@click.argument("model")
+@JSON
+def inspect_layers(model: str, as_json: bool) -> None:
+    """Show the parts and distillation layers of MODEL, without its weights.
+
+    MODEL is a preset such as Qwen/Qwen2-VL-7B-Instruct, a local folder or config.json, a hub id, or tiny:ADAPTER.
+    """
+    quiet_transformers()
+    from vkd_framework.layers_table import describe, rows, table
+
+    anatomy = describe(model)
+    click.echo(json.dumps(rows(anatomy), indent=2) if as_json else table(anatomy))
+
+
+@main.command()
+@JSON
+def adapters(as_json: bool) -> None:
+    """List the installed adapters, where they come from and what they serve."""
+    quiet_transformers()
+    from vkd_framework.plugins import installed_adapters, load_adapter
+
+    found: list[dict[str, Any]] = []
+    for installed in installed_adapters():
+        row: dict[str, Any] = {"name": installed.name, "distribution": installed.distribution, "version": installed.version}
+        try:
+            adapter = load_adapter(installed.name)
+            row |= {"model_types": list(adapter.model_types), "hooks": list(adapter.hooks), "presets": list(adapter.presets)}
+        except VKDError as error:
+            row["error"] = str(error)
+        found.append(row)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for row in found:
+        click.echo(f"{row['name']}  ({row['distribution']} {row['version']})")
+        if "error" in row:
+            click.echo(f"  broken: {row['error']}")
+            continue
+        click.echo(f"  model types: {', '.join(row['model_types'])}")
+        click.echo(f"  presets:     {', '.join(row['presets']) or 'none'}")
+        click.echo(f"  hooks:       {', '.join(row['hooks'])}")
+
+
+@main.group(cls=Commands)
+def recipes() -> None:
+    """List, copy and check recipes."""
+
+
+@recipes.command("list")
+def recipes_list() -> None:
+    """The recipes that come with vkd; `vkd run NAME` runs one from any folder."""
+    from vkd_framework.recipe import bundled_recipes, load_recipe
+
+    for name in bundled_recipes():
+        click.echo(f"{name:<28}{load_recipe(name).description}")
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path), required=False)
+def recipes_copy(name: str, target: Path | None) -> None:
+    """Copy a recipe to TARGET (default: NAME.yaml here) to change it."""
+    from vkd_framework.checkpoint import write_text
+    from vkd_framework.recipe import find_recipe
+
+    source = find_recipe(name)
+    goal = target or Path(source.name)
+    goal = goal / source.name if goal.is_dir() else goal
+    if goal.exists():
+        raise RecipeError(f"{goal}: exists already; give another target")
+    write_text(goal, source.read_text(encoding="utf-8"))
+    click.echo(f"{goal} written; run it with: vkd run {goal}")
+
+
+@recipes.command("schema")
+def recipes_schema() -> None:
+    """The JSON schema of a recipe: every key, its type, default and meaning."""
+    from vkd_framework.recipe import Recipe
+
+    click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@recipes.command("validate")
+@RECIPE
+@SET
+def recipes_validate(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Check RECIPE without running it."""
+    from vkd_framework.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    click.echo(f"{loaded.name}: valid (adapter {loaded.adapter}, method {loaded.method}, data {loaded.data.kind})")
+
+
+@main.command()
+def doctor() -> None:
+    """Check this machine and installation; exit status 1 when a run would fail."""
+    quiet_transformers()
+    from vkd_framework.doctor import checks
+
+    results = checks()
+    for check in results:
+        click.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.what:<14}{check.found}")
+    if not all(check.ok for check in results):
+        sys.exit(1)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and advice out of our output; its errors are reported by us."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+

@@ -1,0 +1,386 @@
+"""A user's own people: one JSON object a line, `{image, question, answer, subject, options, modality, id, split}`.
+
+`modality` is `identity` (who is shown must be known), `visible` (anybody can see the answer) or `text` (no image).
+`split` says whether a row may be trained on; where no row of a photo says so, some photos of each subject are held out.
+A photo is either trained on or measured, never both. How the questions are phrased is left to the rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import posixpath
+import random
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from PIL import Image
+
+from vkd_framework.errors import DataError
+from vkd_framework.progress import Progress
+from vkd_framework.recipe import JsonlData
+from vkd_framework.types import ImageQuestionPair, Kind, Photo, Splits
+
+KEYS = ("image", "question", "answer", "subject", "options", "modality", "id", "split")
+SPLITS = ("train", "test")
+PLACEHOLDERS = (
+    *("<image>", "</image>", "<img>", "</img>", "<|image|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<IMG_CONTEXT>", "<image_soft_token>", "<start_of_image>", "<end_of_image>", "<fake_token_around_image>"),
+    *("[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|video_pad|>", "<video>"),
+)
+"""What stands for a photo in the text of some model; only its processor may write it."""
+
+COLUMNS = ("forget_vqa", "test_vqa", "retain_vqa", "forget_qa", "retain_qa", "realworld_vqa", "forget_visible_vqa")
+
+_LISTED = 20
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class _Row:
+    pair: ImageQuestionPair
+    split: str | None
+
+
+def load(config: JsonlData) -> Splits:
+    """The rows of `config`, checked and sorted into splits. All broken rows are reported in one `DataError`."""
+    lines = _lines(config.rows)
+    reader = _Reader(config.rows.name, _image_folder(config))
+    progress = Progress(lines, f"reading {config.rows.name}")
+    rows = [row for number, line in progress if (row := reader.read(number, line)) is not None]
+    forgotten = _forget_names(config.forget)
+    faults = reader.report(len(lines)) + _unmentioned(forgotten, reader.subjects)
+    if faults:
+        raise DataError("\n".join(faults))
+    return _sorted_into_splits(config, _with_options(_with_splits(rows, config), config.seed), forgotten)
+
+
+def _sorted_into_splits(config: JsonlData, rows: Sequence[_Row], forgotten: Sequence[str]) -> Splits:
+    forget, retain = [], []
+    columns: dict[str, list[ImageQuestionPair]] = {column: [] for column in COLUMNS}
+    for row in rows:
+        pair, gone = row.pair, row.pair.subject in forgotten
+        if row.split == "test":
+            columns[_column(pair.kind, gone)].append(pair)
+        elif gone and pair.kind == "identity":
+            forget.append(pair)
+            columns["forget_vqa"].append(replace(pair, id=f"forget_vqa/{pair.id}"))
+        else:
+            retain.append(pair)
+    name = config.rows.name
+    if not forget or not columns["test_vqa"]:
+        missing = "train on" if not forget else "measure"
+        raise DataError(
+            f"{name}: no photos of the forgotten people to {missing}: give every forgotten subject two photos with "
+            'identity questions, or mark rows with "split": "train" and "split": "test"'
+        )
+    if not retain:
+        raise DataError(f"{name}: nothing to retain: add identity rows of people who are not named in data.forget")
+    return Splits(
+        forget=tuple(forget),
+        retain=tuple(retain),
+        columns={column: tuple(pairs) for column, pairs in columns.items() if pairs},
+        forget_subjects=tuple(forgotten),
+        subjects=tuple(dict.fromkeys(row.pair.subject for row in rows if row.pair.subject is not None)),
+    )
+
+
+def _column(kind: Kind, gone: bool) -> str:
+    if kind == "text":
+        return "forget_qa" if gone else "retain_qa"
+    if kind == "visible":
+        return "forget_visible_vqa" if gone else "realworld_vqa"
+    return "test_vqa" if gone else "retain_vqa"
+
+
+def _with_splits(rows: Sequence[_Row], config: JsonlData) -> list[_Row]:
+    """Every row with its split: its photo's, which is the one some row gives it or else the one drawn for it."""
+    split_of = {row.pair.photo.key: row.split for row in rows if row.pair.photo and row.split}
+    for photos in _photos_by_subject(rows).values():
+        undecided = [key for key in photos if key not in split_of]
+        held_out = max(1, round(config.test_share * len(undecided))) if len(undecided) > 1 else 0
+        undecided.sort(key=lambda key: hashlib.sha256(f"{config.seed}/{key}".encode()).digest())
+        split_of |= {key: "test" if at < held_out else "train" for at, key in enumerate(undecided)}
+    return [
+        replace(row, split=split_of.get(row.pair.photo.key, "test") if row.pair.photo else row.split or "test")
+        for row in rows
+    ]
+
+
+def _photos_by_subject(rows: Iterable[_Row]) -> Mapping[str, list[str]]:
+    photos: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        if row.pair.photo and row.pair.subject is not None:
+            photos[row.pair.subject][row.pair.photo.key] = None
+    return {subject: list(keys) for subject, keys in photos.items()}
+
+
+def _with_options(rows: Sequence[_Row], seed: int) -> list[_Row]:
+    """Rows without options get three answers of other subjects to the same question, where there are three."""
+    answers: dict[str, dict[str, set[str | None]]] = defaultdict(lambda: defaultdict(set))
+    for row in rows:
+        answers[_folded(row.pair.question)][row.pair.answer].add(row.pair.subject)
+
+    def filled(pair: ImageQuestionPair) -> ImageQuestionPair:
+        wrong = {
+            _folded(answer): answer
+            for answer, subjects in answers[_folded(pair.question)].items()
+            # What is also true of this subject (on another photo, say) would be a second right answer.
+            if _folded(answer) != _folded(pair.answer) and (pair.subject is None or pair.subject not in subjects)
+        }
+        if pair.options or len(wrong) < 3:
+            return pair
+        rng = random.Random(f"{seed}/{pair.id}/options")
+        options = [pair.answer, *rng.sample(sorted(wrong.values()), 3)]
+        rng.shuffle(options)
+        return replace(pair, options=tuple(options))
+
+    return [replace(row, pair=filled(row.pair)) for row in rows]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+class _Reader:
+    """Turns lines into rows and remembers everything that is wrong with them."""
+
+    def __init__(self, name: str, images: Path) -> None:
+        self.name, self.images = name, images
+        self.faults: list[str] = []
+        self.subjects: dict[str, None] = {}
+        self._lines: dict[str, int] = {}
+        self._photos: dict[str, Photo | str] = {}
+        self._splits: dict[str, tuple[str, int]] = {}
+
+    def read(self, number: int, line: str) -> _Row | None:
+        """The row on that line, or None if it is broken."""
+        faults: list[str] = []
+        row = self._row(number, line, faults)
+        if faults:
+            self.faults.append(f"{self.name}:{number}: {'; '.join(faults)}")
+            return None
+        return row
+
+    def _row(self, number: int, line: str, faults: list[str]) -> _Row | None:
+        try:
+            given = json.loads(line)
+            json.dumps(given, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            faults.append(f"not valid JSON ({error.msg} at column {error.colno})")
+            return None
+        except UnicodeEncodeError:
+            faults.append("holds half a character (an unpaired \\ud800 to \\udfff); write the whole character")
+            return None
+        if not isinstance(given, dict):
+            faults.append(f'{_kind_of(given)} given, allowed: an object such as {{"question": ..., "answer": ...}}')
+            return None
+        modality = given.get("modality")
+        if modality is None:
+            modality = "text" if given.get("image") is None else "identity"
+        faults += [
+            *_unknown_keys(given),
+            *_text_faults(given),
+            *_choice_faults(given, modality),
+            *_option_faults(given),
+        ]
+        photo = self._photo(given, modality, faults)
+        self._check_id(given, number, faults)
+        self._check_split(given, photo, number, faults)
+        subject = given.get("subject")
+        if isinstance(subject, str) and subject.strip():
+            subject = subject.strip()
+            self.subjects[subject] = None
+        if faults:
+            return None
+        pair = ImageQuestionPair(
+            id=given.get("id") or f"{self.name}:{number}",
+            question=given["question"].strip(),
+            answer=given["answer"].strip(),
+            photo=photo,
+            subject=subject,
+            kind=cast(Kind, modality),
+            options=tuple(option.strip() for option in given.get("options") or ()),
+        )
+        return _Row(pair, given.get("split"))
+
+    def report(self, rows: int) -> list[str]:
+        """The faults as the lines of one message: none if there are none."""
+        if not self.faults:
+            return []
+        count = len(self.faults)
+        head = f"{self.name}: {count} broken row{'s' * (count > 1)} (of {rows}); mend or remove them:"
+        more = [f"and {count - _LISTED} more"] if count > _LISTED else []
+        return [head, *self.faults[:_LISTED], *more]
+
+    def _photo(self, given: Mapping[str, Any], modality: object, faults: list[str]) -> Photo | None:
+        path = given.get("image")
+        if path is None:
+            if modality in ("identity", "visible"):
+                faults.append(
+                    f"image is missing, but modality is {modality!r}; without an image only 'text' is allowed"
+                )
+            return None
+        if not isinstance(path, str) or not path.strip():
+            faults.append(f"image is {_shown(path)}, allowed: a path below {self.images}")
+            return None
+        if modality == "text":
+            faults.append("modality is 'text', but an image is given; remove one of the two")
+        key = posixpath.normpath(path.replace("\\", "/"))
+        if key not in self._photos:
+            self._photos[key] = _verified(key, self.images)
+        photo = self._photos[key]
+        if isinstance(photo, str):
+            faults.append(photo)
+            return None
+        return photo
+
+    def _check_id(self, given: Mapping[str, Any], number: int, faults: list[str]) -> None:
+        name = given.get("id")
+        if name is None:
+            return
+        if not isinstance(name, str) or not name.strip():
+            faults.append(f"id is {_shown(name)}, allowed: a text that no other row has")
+        elif (first := self._lines.setdefault(name, number)) != number:
+            faults.append(f"id {name!r} is already used on line {first}")
+
+    def _check_split(self, given: Mapping[str, Any], photo: Photo | None, number: int, faults: list[str]) -> None:
+        if photo is None or given.get("split") not in SPLITS:
+            return
+        split, first = self._splits.setdefault(photo.key, (given["split"], number))
+        if split != given["split"]:
+            faults.append(
+                f"split is {_shown(given['split'])}, but line {first} puts the same image into {_shown(split)}"
+            )
+
+
+def _verified(key: str, folder: Path) -> Photo | str:
+    """The photo, decoded once to be sure that it can be; or what is wrong with it."""
+    photo = Photo(key, folder / key)
+    if not (folder / key).is_file():
+        return f"image {key!r} is not a file in {folder}"
+    try:
+        photo.open()
+    except _UNREADABLE as error:
+        return f"image {key!r} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return photo
+
+
+def _unknown_keys(given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"unknown key {key!r}, the nearest is {difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]!r}"
+        for key in given
+        if key not in KEYS
+    ]
+
+
+def _text_faults(given: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for key in ("question", "answer"):
+        text = given.get(key)
+        if text is None:
+            faults.append(f"{key} is missing")
+        elif not isinstance(text, str) or not text.strip():
+            faults.append(f"{key} is {_shown(text)}, allowed: a text")
+        elif (token := _placeholder_in(text)) is not None:
+            faults.append(f"{key} contains {token!r}; leave it out, the model's processor puts the image in")
+    return faults
+
+
+def _choice_faults(given: Mapping[str, Any], modality: object) -> list[str]:
+    faults = []
+    for key, value, allowed in (("modality", modality, get_args(Kind)), ("split", given.get("split"), SPLITS)):
+        if value is not None and value not in allowed:
+            faults.append(f"{key} is {_shown(value)}, allowed: {', '.join(allowed)}")
+    subject = given.get("subject")
+    if subject is None and modality != "visible":
+        faults.append("subject is missing; only rows with modality 'visible' may leave it out")
+    elif subject is not None and (not isinstance(subject, str) or not subject.strip()):
+        faults.append(f"subject is {_shown(subject)}, allowed: a name")
+    return faults
+
+
+def _option_faults(given: Mapping[str, Any]) -> list[str]:
+    options, answer = given.get("options"), given.get("answer")
+    if options is None or options == []:
+        return []
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        return [f"options is {_shown(options)}, allowed: a list of texts"]
+    texts = [option.strip() for option in options]
+    if len(texts) < 2:
+        return [f"options is {_shown(options)}, allowed: at least two, or none at all"]
+    if len(set(texts)) < len(texts):
+        return ["options repeat a text; each may occur once"]
+    if isinstance(answer, str) and answer.strip() not in texts:
+        return [f"the answer {_shown(answer)} is not among the options {_shown(options)}"]
+    if token := next(filter(None, map(_placeholder_in, texts)), None):
+        return [f"options contain {token!r}; leave it out"]
+    return []
+
+
+def _placeholder_in(text: str) -> str | None:
+    lowered = text.lower()
+    return next((token for token in PLACEHOLDERS if token.lower() in lowered), None)
+
+
+def _shown(value: object) -> str:
+    """A value as JSON, short enough for one line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kind_of(value: object) -> str:
+    return {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1."""
+    text = _read(path, "data.rows", "one JSON object a line")
+    # Not splitlines: JSON texts may hold other line separators.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise DataError(f"data.rows: {path} is empty; write one JSON object a line into it")
+    return lines
+
+
+def _image_folder(config: JsonlData) -> Path:
+    folder = config.images if config.images is not None else config.rows.parent
+    if not folder.is_dir():
+        raise DataError(f"data.images: {folder} is not a folder; name the one that the image paths start from")
+    return folder
+
+
+def _forget_names(forget: Sequence[str] | Path) -> tuple[str, ...]:
+    if isinstance(forget, Path):
+        names = [line.strip() for line in _read(forget, "data.forget", "one name a line").splitlines()]
+    else:
+        names = [name.strip() for name in forget]
+    unique = tuple(dict.fromkeys(name for name in names if name))
+    if not unique:
+        raise DataError("data.forget: no name given; name at least one subject of the rows")
+    return unique
+
+
+def _read(path: Path, key: str, expected: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{key}: there is no file {path}; it must hold {expected}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{key}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{key}: {path} cannot be read ({error.strerror}); it must be a file with {expected}") from None
+
+
+def _unmentioned(names: Sequence[str], subjects: Mapping[str, None]) -> list[str]:
+    missing = [name for name in names if name not in subjects]
+    return [
+        f"data.forget: no row has the subject {name!r}"
+        + "".join(f"; the nearest is {near!r}" for near in difflib.get_close_matches(name, subjects, n=1, cutoff=0.0))
+        for name in missing
+    ]

@@ -1,0 +1,35 @@
+"""What a user can do wrong, and what can go wrong for them: every message is one line that says where and what next."""
+
+
+class VKDError(Exception):
+    """Base of all errors whose message is meant for the user; `exit_status` is what the command line returns."""
+
+    exit_status = 1
+
+
+class RecipeError(VKDError):
+    """The recipe, or an override of it, is not valid."""
+
+    exit_status = 2
+
+
+class DataError(VKDError):
+    """The data named by the recipe cannot be used."""
+
+    exit_status = 2
+
+
+class AdapterError(VKDError):
+    """An adapter is missing, broken, or gave an answer that the core cannot use."""
+
+    exit_status = 2
+
+
+class ModelError(VKDError):
+    """A model cannot be loaded, or is not what its adapter expects."""
+
+    exit_status = 2
+
+
+class ProofError(VKDError):
+    """A proof of the run failed: something changed that must not change."""

@@ -1,0 +1,135 @@
+"""Measure the columns: greedy answers, four-way choices, and the probability of the right answer.
+
+Answers are generated, not teacher-forced: a teacher-forced metric sees the start of the answer and leaks the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.plugins import MLLM
+from vkd_framework.progress import Progress
+from vkd_framework.recipe import EvaluateConfig
+from vkd_framework.types import Cell, ImageQuestionPair
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model answered to each pair of a column, and the column's figures."""
+
+    cell: Cell
+    answers: tuple[str, ...]
+
+
+@torch.inference_mode()
+def evaluate(mllm: MLLM, columns: Mapping[str, Sequence[ImageQuestionPair]], config: EvaluateConfig, *, what: str = "evaluate") -> dict[str, Answered]:
+    """Column -> figures and answers. All columns share their batches, so that small ones cost little."""
+    every = [pair for pairs in columns.values() for pair in pairs]
+    answers = generate(mllm, every, config, what=f"{what}: answers")
+    losses = option_losses(mllm, every, config, what=f"{what}: choices")
+    results, start = {}, 0
+    for name, pairs in columns.items():
+        part = slice(start, start + len(pairs))
+        results[name] = Answered(score(pairs, answers[part], losses[part]), tuple(answers[part]))
+        start += len(pairs)
+    return results
+
+
+def score(pairs: Sequence[ImageQuestionPair], answers: Sequence[str], losses: Sequence[Mapping[str, float]]) -> Cell:
+    """The figures of one column. `losses`: for each pair, option -> mean cross-entropy of its tokens."""
+    hits = sum(normalise(answer) == normalise(pair.answer) for pair, answer in zip(pairs, answers, strict=True))
+    choices = [min(loss, key=loss.__getitem__) == pair.answer for pair, loss in zip(pairs, losses, strict=True) if pair.options]
+    n = len(pairs)
+    return Cell(
+        exact_match=hits / n,
+        choice_accuracy=sum(choices) / len(choices) if choices else None,
+        rouge_l=sum(rouge_l(answer, pair.answer) for pair, answer in zip(pairs, answers, strict=True)) / n,
+        answer_probability=sum(math.exp(-loss[pair.answer]) for pair, loss in zip(pairs, losses, strict=True)) / n,
+        n=n,
+        interval_95=wilson(hits, n),
+    )
+
+
+@torch.inference_mode()
+def exact_match(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig) -> float:
+    """The share of greedy answers that are right, and nothing else: what an attack is scored by."""
+    answers = generate(mllm, pairs, config, what="")
+    return sum(normalise(a) == normalise(pair.answer) for pair, a in zip(pairs, answers, strict=True)) / len(pairs)
+
+
+@torch.inference_mode()
+def generate(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig, *, what: str) -> list[str]:
+    """Greedy answers, in batches padded on the left."""
+    answers: list[str] = []
+    for chunk in Progress(_chunks(pairs, config.batch_size), what):
+        inputs = mllm.tokenize(chunk, with_answer=False, padding_side="left").inputs
+        out = mllm.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=list(mllm.stop_ids),
+            pad_token_id=mllm.stop_ids[0],
+        )
+        new = out[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in mllm.processor.batch_decode(new, skip_special_tokens=True)]
+    return answers
+
+
+@torch.inference_mode()
+def option_losses(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig, *, what: str) -> list[dict[str, float]]:
+    """For each pair: option -> mean cross-entropy of the option's tokens; the right answer is always among them."""
+    asked = [(i, option) for i, pair in enumerate(pairs) for option in dict.fromkeys((*pair.options, pair.answer))]
+    losses: list[dict[str, float]] = [{} for _ in pairs]
+    for chunk in Progress(_chunks(asked, config.batch_size), what):
+        rows = [_with_answer(pairs[i], option) for i, option in chunk]
+        for (i, option), loss in zip(chunk, answer_losses(mllm, rows).tolist(), strict=True):
+            losses[i][option] = loss
+    return losses
+
+
+def answer_losses(mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> Tensor:
+    """`[B]`: mean cross-entropy of each pair's answer."""
+    batch = mllm.tokenize(pairs)
+    return answer_cross_entropy(mllm.model(**batch.inputs).logits, batch.inputs["input_ids"], batch.labels != -100)
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no punctuation at the ends: what exact match compares."""
+    return " ".join(text.lower().split()).strip(".,;:!?\"' ")
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L F1 on lower-cased words (Lin, 2004)."""
+    a, b = re.findall(r"\w+", answer.lower()), re.findall(r"\w+", reference.lower())
+    lengths = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
+    return 2 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson 95 % interval of a proportion; stays inside [0, 1] and is honest at 0 and at n."""
+    share = hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _with_answer(pair: ImageQuestionPair, answer: str) -> ImageQuestionPair:
+    return ImageQuestionPair(pair.id, pair.question, answer, pair.photo, pair.subject, pair.kind)
+
+
+def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

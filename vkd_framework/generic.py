@@ -1,0 +1,245 @@
+"""The default plugin: the answers that hold for every transformers model of the image-text-to-text kind.
+
+Module names are looked up, newest layout first; nothing here knows a family. Adapters reuse the functions with an
+argument changed, for example `locate_vision_modules(model, nested_projector=("merger",))`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vkd_framework.errors import AdapterError, ModelError
+from vkd_framework.hookspecs import hookimpl
+from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, VisionModules
+
+ENCODER_NAMES = ("vision_tower", "visual", "vision_model")
+LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
+DEPTH_NAMES = ("num_hidden_layers", "depth")
+WIDTH_NAMES = ("embed_dim", "hidden_size", "width")  # Qwen2-VL's vision hidden_size is the language model's width
+IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
+IGNORED = -100
+
+
+def load_model(source: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load through the Auto classes; a key that does not match raises ModelError instead of leaving weights random."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        hint = "check the folder" if os.path.isdir(source) else "check the id and the network, or give a local folder"
+        raise ModelError(f"{source}: cannot be loaded ({_first_line(error)}); {hint}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(problem) or ())
+        if keys:
+            import transformers
+
+            raise ModelError(
+                f"{source}: {len(keys)} {problem.replace('_', ' ')} while loading into {type(model).__name__} "
+                f"(such as {keys[0]}); those weights would be random. The checkpoint was probably saved by another "
+                f"transformers version than the {transformers.__version__} installed here"
+            )
+    model.eval()
+    return model.to(device), processor
+
+
+def locate_vision_modules(model: PreTrainedModel, nested_projector: Sequence[str] = ()) -> VisionModules:
+    """Look the encoder and the language model up by name, on the model or one level below it.
+
+    `nested_projector`: names of modules inside the encoder that map into the language model's space.
+    """
+    for prefix in ("model.", ""):
+        encoder = _first_present(model, (prefix + name for name in ENCODER_NAMES))
+        decoder = _first_present(model, (prefix + name for name in LANGUAGE_MODEL_NAMES))
+        if encoder and decoder:
+            break
+    else:
+        tops = [f"{name}.{child}" for name, module in model.named_children() for child, _ in module.named_children()]
+        raise AdapterError(
+            f"no vision encoder and language model found in {type(model).__name__}; it has: {', '.join(tops)}. "
+            "The adapter has to say where they are (vkd_locate_vision_modules)"
+        )
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    return VisionModules(
+        encoder=encoder,
+        language_model=(decoder, head) if head else (decoder,),
+        projector=tuple(f"{encoder}.{name}" for name in nested_projector if _has(model, f"{encoder}.{name}")),
+    )
+
+
+def list_distillation_layers(model: PreTrainedModel, modules: VisionModules) -> list[DistillationLayer]:
+    """The encoder's blocks, found as its largest uniform ModuleList of the configured depth, then the projector."""
+    encoder = model.get_submodule(modules.encoder)
+    config = getattr(encoder, "config", None)
+    depth = _first_attribute(config, DEPTH_NAMES)
+    path, blocks = _block_list(encoder, depth)
+    width = _first_attribute(config, WIDTH_NAMES)
+    layers = [
+        DistillationLayer(f"vision.{i}", f"{modules.encoder}.{path}.{i}", width, _count(block))
+        for i, block in enumerate(blocks)
+    ]
+    projector = modules.projector or _between(model, modules)
+    if projector:
+        top = model.get_submodule(projector[0])
+        layers.append(DistillationLayer("projector", projector[0], _language_width(model), _count(top)))
+    return layers
+
+
+def tokenize_pairs(
+    processor: ProcessorMixin,
+    pairs: Sequence[ImageQuestionPair],
+    stop_ids: Sequence[int],
+    with_answer: bool,
+    padding_side: str,
+) -> EncodedBatch:
+    """Render the chat template to text, call the processor once, find the answer by character offsets.
+
+    The answer is whatever the full text has behind the prompt; its tokens are those that end after the prompt's last
+    character, counted from the end so that the processor may expand image tokens in front of it. Labels stop at the
+    first stop token.
+    """
+    texts, tails = [], []
+    for pair in pairs:
+        prompt = render(processor, pair.question, pair.photo is not None)
+        text = render(processor, pair.question, pair.photo is not None, pair.answer) if with_answer else prompt
+        texts.append(text)
+        tails.append(len(text) - len(os.path.commonprefix([prompt, text])))
+    photos = [[pair.photo.open()] if pair.photo else [] for pair in pairs]
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    encoded = processor(
+        text=texts,
+        images=photos if any(photos) else None,
+        padding=True,
+        padding_side=padding_side,
+        return_tensors="pt",
+        return_offsets_mapping=True,
+        add_special_tokens=not (bos and texts[0].startswith(bos)),
+    )
+    inputs = dict(encoded)
+    ends = inputs.pop("offset_mapping")[..., 1] * inputs["attention_mask"]
+    starts_of_answer = ends.amax(dim=1) - torch.tensor(tails)
+    answer = (ends > starts_of_answer[:, None]) & inputs["attention_mask"].bool()
+    stop = answer & torch.isin(inputs["input_ids"], torch.tensor(list(stop_ids)))
+    stops_before = stop.cumsum(dim=1) - stop.long()
+    answer &= stops_before == 0
+    return EncodedBatch(inputs, inputs["input_ids"].masked_fill(~answer, IGNORED), answer & ~stop)
+
+
+def feature_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int) -> FeatureRows:
+    """Rows come sample after sample, and each sample has as many as its share of the batch's image tokens.
+
+    Holds wherever a layer's rows are proportional to the image tokens; a class token per picture keeps that true but
+    has to be marked as not real by the adapter.
+    """
+    tokens = (inputs["input_ids"] == image_token_id(model)).sum(dim=1)
+    total = int(tokens.sum())
+    if total == 0 or rows * int(tokens.max()) % total:
+        raise AdapterError(
+            f"{rows} feature rows of {layer.name} cannot be shared out over {total} image tokens; "
+            "the adapter has to assign them (vkd_feature_rows)"
+        )
+    sample = torch.repeat_interleave(torch.arange(len(tokens), device=tokens.device), tokens * rows // total)
+    return FeatureRows(sample=sample, real=torch.ones_like(sample, dtype=torch.bool))
+
+
+def stop_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
+    """The ids of the generation config and the tokenizer's end token."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = [ids] if isinstance(ids, int) else list(ids or ())
+    end = processor.tokenizer.eos_token_id
+    return list(dict.fromkeys([*listed, *([end] if end is not None else [])]))
+
+
+def render(processor: ProcessorMixin, question: str, has_photo: bool, answer: str | None = None) -> str:
+    """The chat template's text: up to where the answer begins, or with the answer and whatever ends the turn."""
+    content: list[dict[str, Any]] = [{"type": "image"}] if has_photo else []
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return str(processor.apply_chat_template(messages, add_generation_prompt=answer is None))
+
+
+def image_token_id(model: PreTrainedModel) -> int:
+    """The id of the token that stands for one visual token in `input_ids`."""
+    found = _first_attribute(model.config, IMAGE_TOKEN_NAMES)
+    if found is None:
+        raise AdapterError(f"{type(model.config).__name__} names no image token (tried {', '.join(IMAGE_TOKEN_NAMES)})")
+    return found
+
+
+def _first_present(model: nn.Module, paths: Iterable[str]) -> str | None:
+    return next((path for path in paths if _has(model, path)), None)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _first_attribute(config: Any, names: Sequence[str]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _block_list(encoder: nn.Module, depth: int | None) -> tuple[str, nn.ModuleList]:
+    lists = [
+        (name, module)
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1
+    ]
+    candidates = [item for item in lists if len(item[1]) == depth] or lists
+    if not candidates:
+        raise AdapterError(
+            f"no list of blocks found in {type(encoder).__name__}; the adapter has to name the layers "
+            "(vkd_list_distillation_layers)"
+        )
+    return max(candidates, key=lambda item: _count(item[1]))
+
+
+def _between(model: PreTrainedModel, modules: VisionModules) -> tuple[str, ...]:
+    """Modules with parameters beside the encoder and the language model."""
+    parent = modules.encoder.rpartition(".")[0]
+    taken = {modules.encoder, *modules.language_model}
+    names = [f"{parent}.{name}".lstrip(".") for name, _ in model.get_submodule(parent).named_children()]
+    return tuple(name for name in names if name not in taken and _count(model.get_submodule(name)))
+
+
+def _language_width(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().weight.shape[1])
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+class GenericPlugin:
+    """The functions above under their hook names, registered before the adapter so that the adapter's answer wins."""
+
+    vkd_load_model = staticmethod(hookimpl(specname="vkd_load_model")(load_model))
+    vkd_list_distillation_layers = staticmethod(hookimpl(specname="vkd_list_distillation_layers")(list_distillation_layers))
+    vkd_tokenize_pairs = staticmethod(hookimpl(specname="vkd_tokenize_pairs")(tokenize_pairs))
+    vkd_feature_rows = staticmethod(hookimpl(specname="vkd_feature_rows")(feature_rows))
+    vkd_stop_token_ids = staticmethod(hookimpl(specname="vkd_stop_token_ids")(stop_token_ids))
+
+    @hookimpl
+    def vkd_locate_vision_modules(self, model: PreTrainedModel) -> VisionModules:
+        """Without modules nested in the encoder; adapters of families that have some pass their names."""
+        return locate_vision_modules(model)
+
+    @hookimpl
+    def vkd_model_presets(self) -> Mapping[str, Mapping[str, Any]]:
+        """None known."""
+        return {}

@@ -1,0 +1,73 @@
+"""The terms of the objective, as pure functions of logits or features.
+
+Source: Wang et al., "(Robust) MLLM Unlearning via Visual Knowledge Distillation", arXiv 2512.11325. The paper's exact
+losses are not public; what follows is a reconstruction from its description: supervision at the output and at
+intermediate visual features, with a frozen language model. With F the features of student S and teacher T,
+
+    L =  - a * mean_f min(CE_S(f), c)                                  forget_output
+         + b * mean_r CE_S(r)                                          retain_output
+         + lam_r * mean_layers mean_r D(F_S(r), F_T(r))                attract
+         - lam_f * mean_layers mean_f min(D(F_S(f), F_T(f)), tau)      repel
+
+Shapes: `B` samples, `L` tokens, `V` vocabulary, `R` feature rows, `D` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Distance = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def answer_cross_entropy(logits: Tensor, input_ids: Tensor, answer: Tensor) -> Tensor:
+    """`[B]`: mean cross-entropy in nats over each sample's answer tokens.
+
+    `logits` `[B, L, V]`, `input_ids` `[B, L]`, `answer` `[B, L]` bool, True on the tokens to predict (never the first).
+    Only the logits that predict an answer token are looked at.
+    """
+    sample, position = answer.nonzero(as_tuple=True)
+    token_loss = functional.cross_entropy(logits[sample, position - 1].float(), input_ids[sample, position], reduction="none")
+    total = torch.zeros(len(answer), dtype=token_loss.dtype, device=token_loss.device).index_add(0, sample, token_loss)
+    return total / answer.sum(dim=1)
+
+
+def capped_ascent(cross_entropy: Tensor, cap: float) -> Tensor:
+    """Forget term at the output: `- mean min(CE, cap)`; a sample above the cap gives no gradient. `[B]` -> scalar."""
+    return -cross_entropy.clamp(max=cap).mean()
+
+
+def relative_squared(student: Tensor, teacher: Tensor, sample: Tensor, count: int) -> Tensor:
+    """`[count]`: squared distance of each sample's features over the squared length of the teacher's.
+
+    `student`, `teacher` `[R, D]`, `sample` `[R]`. A big picture weighs as much as a small one.
+    """
+    moved = _sum_by_sample((student.float() - teacher.float()).square().sum(dim=1), sample, count)
+    length = _sum_by_sample(teacher.float().square().sum(dim=1), sample, count)
+    return moved / length.clamp(min=1e-12)
+
+
+def cosine(student: Tensor, teacher: Tensor, sample: Tensor, count: int) -> Tensor:
+    """`[count]`: mean over each sample's rows of 1 - cosine similarity. Shapes as in `relative_squared`."""
+    apart = 1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)
+    return _sum_by_sample(apart, sample, count) / _sum_by_sample(torch.ones_like(apart), sample, count).clamp(min=1)
+
+
+def attract(distance: Tensor) -> Tensor:
+    """Keep how the others are seen: the mean distance. `[layers, B]` -> scalar."""
+    return distance.mean()
+
+
+def repel(distance: Tensor, cap: float) -> Tensor:
+    """Stop seeing the forgotten as before: `- mean min(D, cap)`, bounded by the cap. `[layers, B]` -> scalar."""
+    return -distance.clamp(max=cap).mean()
+
+
+def _sum_by_sample(values: Tensor, sample: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, sample, values)
+
+
+DISTANCES: dict[str, Distance] = {"relative_squared": relative_squared, "cosine": cosine}

@@ -1,0 +1,352 @@
+"""Discover adapters, load exactly one, and ask it through a facade that checks every answer.
+
+One `PluginManager` a run holds two plugins: `generic`, registered first, and the adapter, registered last so that its
+answer wins. Adapters that no recipe names are never imported by a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import pluggy
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vkd_framework import hookspecs
+from vkd_framework.errors import AdapterError, ModelError, RecipeError
+from vkd_framework.generic import GenericPlugin
+from vkd_framework.hookspecs import PROJECT
+from vkd_framework.recipe import nearest
+from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, Part, VisionModules
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An adapter as its distribution registers it; nothing of it has been imported."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+
+
+def installed_adapters() -> list[Installed]:
+    """All registered adapters, by name. Raises AdapterError when two distributions claim one name."""
+    found = sorted(
+        Installed(entry.name, entry.value, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else "?")
+        for entry in importlib.metadata.entry_points(group=PROJECT)
+    )
+    for first, second in zip(found, found[1:], strict=False):
+        if first.name == second.name and first.distribution != second.distribution:
+            raise AdapterError(
+                f"adapter {first.name!r} is registered by both {first.distribution} and {second.distribution}; uninstall one"
+            )
+    return list({adapter.name: adapter for adapter in found}.values())
+
+
+def load_adapter(name: str) -> Adapter:
+    """The facade of one adapter. Raises AdapterError when it is unknown, does not import, or breaks a hook's contract."""
+    known = {adapter.name: adapter for adapter in installed_adapters()}
+    if name not in known:
+        raise AdapterError(
+            f"adapter {name!r} is not installed{nearest(name, known)}; installed: {', '.join(known) or 'none'} (see `vkd adapters`)"
+        )
+    (entry,) = [e for e in importlib.metadata.entry_points(group=PROJECT, name=name)][:1]
+    try:
+        plugin = entry.load()
+    except Exception as error:
+        raise AdapterError(
+            f"adapter {name!r} ({known[name].distribution} {known[name].version}) does not import: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return Adapter(name, plugin)
+
+
+def adapter_for_model_type(model_type: str) -> Adapter:
+    """The adapter that serves a `config.model_type`; adapters that do not import are passed over unless none fits."""
+    broken, served = [], []
+    for installed in installed_adapters():
+        try:
+            adapter = load_adapter(installed.name)
+        except AdapterError as error:
+            broken.append(str(error))
+            continue
+        if model_type in adapter.model_types:
+            return adapter
+        served += adapter.model_types
+    trouble = f"; these could not be asked: {'; '.join(broken)}" if broken else ""
+    raise AdapterError(f"no installed adapter serves model type {model_type!r} (served: {', '.join(served)}){trouble}")
+
+
+class Adapter:
+    """Typed access to one adapter's hooks. Every method raises AdapterError naming plugin, hook and offence."""
+
+    def __init__(self, name: str, plugin: object) -> None:
+        self.name = name
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._manager.register(GenericPlugin(), name="generic")
+        if isinstance(plugin, type):
+            raise AdapterError(f"adapter {name!r} is the class {plugin.__name__}; register an instance or a module")
+        try:
+            self._manager.register(plugin, name=name)
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise AdapterError(f"adapter {name!r}: {' '.join(str(error).split())}{self._nearest_hook(plugin)}") from error
+        own = self._manager.get_hookcallers(plugin) or []
+        if "vkd_model_types" not in {caller.name for caller in own}:
+            raise AdapterError(f"adapter {name!r}: the required hook vkd_model_types is missing")
+        self.hooks = tuple(sorted(caller.name for caller in own))
+        for caller in own:
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin is plugin and implementation.kwargnames:
+                    raise self._offence(caller.name, "gives its parameters default values, which pluggy would use instead of the caller's")
+
+    @cached_property
+    def model_types(self) -> tuple[str, ...]:
+        """The `config.model_type` values served."""
+        types = self._ask("vkd_model_types")
+        if isinstance(types, str) or not types or not all(isinstance(item, str) for item in types):
+            raise self._offence("vkd_model_types", f"must return a non-empty list of strings, returned {types!r}")
+        return tuple(types)
+
+    @cached_property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Hub id -> config.json of well-known checkpoints."""
+        presets = self._ask("vkd_model_presets")
+        if not isinstance(presets, Mapping):
+            raise self._offence("vkd_model_presets", f"must return a mapping, returned {type(presets).__name__}")
+        return {name: dict(config) for name, config in presets.items()}
+
+    def load(self, source: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MLLM:
+        """Load a model and bind it. Raises ModelError when it is not of this adapter's family."""
+        return self.bind(*self._pair("vkd_load_model", source=source, dtype=dtype, device=device))
+
+    def tiny_model(self, texts: Sequence[str], image_size: int, seed: int) -> MLLM:
+        """The family's tiny real model with random weights."""
+        return self.bind(*self._pair("vkd_tiny_model", texts=texts, image_size=image_size, seed=seed))
+
+    def bind(self, model: PreTrainedModel, processor: ProcessorMixin) -> MLLM:
+        """Check that a loaded model fits this adapter and split its parameters into parts."""
+        anatomy = self.anatomy(model)
+        return MLLM(self, model, anatomy.modules, anatomy.layers, processor)
+
+    def anatomy(self, model: PreTrainedModel) -> Anatomy:
+        """The parts and layers of a model, which may be on the meta device."""
+        if model.config.model_type not in self.model_types:
+            raise ModelError(
+                f"the model is of type {model.config.model_type!r}, adapter {self.name!r} serves {', '.join(self.model_types)}; "
+                "name another adapter in the recipe (see `vkd adapters`)"
+            )
+        modules = self.locate_vision_modules(model)
+        return Anatomy(self, model, modules, self.list_distillation_layers(model, modules))
+
+    def locate_vision_modules(self, model: PreTrainedModel) -> VisionModules:
+        """Where the parts are; every path is checked to exist, and encoder and language model to hold parameters."""
+        hook = "vkd_locate_vision_modules"
+        modules = self._expect(hook, VisionModules, model=model)
+        known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+        for path in (modules.encoder, *modules.language_model, *modules.projector):
+            if path not in known:
+                raise self._offence(hook, f"names {path!r}, which {type(model).__name__} does not have{nearest(path, sorted(known))}")
+        parts = partition(model, modules)
+        for part in ("encoder", "language_model", "projector"):
+            if not parts[part]:
+                raise self._offence(hook, f"leaves the {part.replace('_', ' ')} without any parameter")
+        return modules
+
+    def list_distillation_layers(self, model: PreTrainedModel, modules: VisionModules) -> tuple[DistillationLayer, ...]:
+        """The distillation layers; names are checked to be unique and paths to exist."""
+        hook = "vkd_list_distillation_layers"
+        layers = self._ask(hook, model=model, modules=modules)
+        if not layers or not all(isinstance(layer, DistillationLayer) for layer in layers):
+            raise self._offence(hook, f"must return a non-empty list of DistillationLayer, returned {layers!r}")
+        known = {name for name, _ in model.named_modules()}
+        names = [layer.name for layer in layers]
+        for layer in layers:
+            if layer.path not in known:
+                raise self._offence(hook, f"layer {layer.name!r} is at {layer.path!r}, which the model does not have")
+            if names.count(layer.name) > 1:
+                raise self._offence(hook, f"layer name {layer.name!r} occurs twice")
+        return tuple(layers)
+
+    def stop_token_ids(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        ids = self._ask("vkd_stop_token_ids", model=model, processor=processor)
+        if not ids or not all(isinstance(item, int) for item in ids):
+            raise self._offence("vkd_stop_token_ids", f"must return a non-empty list of ints, returned {ids!r}")
+        return tuple(ids)
+
+    def tokenize_pairs(
+        self, processor: ProcessorMixin, pairs: Sequence[ImageQuestionPair], stop_ids: Sequence[int], with_answer: bool, padding_side: str
+    ) -> EncodedBatch:
+        """Encode pairs; labels are checked to cover something in every row when an answer was asked for."""
+        hook = "vkd_tokenize_pairs"
+        batch = self._expect(
+            hook, EncodedBatch, processor=processor, pairs=pairs, stop_ids=stop_ids, with_answer=with_answer, padding_side=padding_side
+        )
+        ids = batch.inputs["input_ids"]
+        if batch.labels.shape != ids.shape or batch.content.shape != ids.shape or len(ids) != len(pairs):
+            raise self._offence(
+                hook,
+                f"must return [B, L] = [{len(pairs)}, L] for input_ids, labels and content alike, returned "
+                f"{list(ids.shape)}, {list(batch.labels.shape)} and {list(batch.content.shape)}",
+            )
+        if with_answer and not bool(batch.content.any(dim=1).all()):
+            row = int((~batch.content.any(dim=1)).nonzero()[0])
+            raise self._offence(hook, f"found no answer token for {pairs[row].id!r} (answer {pairs[row].answer!r})")
+        return batch
+
+    def feature_rows(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int) -> FeatureRows:
+        """Which sample each feature row belongs to; the shapes are checked."""
+        hook = "vkd_feature_rows"
+        assigned = self._expect(hook, FeatureRows, model=model, inputs=inputs, layer=layer, rows=rows)
+        if assigned.sample.shape != (rows,) or assigned.real.shape != (rows,):
+            raise self._offence(
+                hook,
+                f"must assign {rows} rows of {layer.name}, returned {list(assigned.sample.shape)} samples and "
+                f"{list(assigned.real.shape)} flags",
+            )
+        return assigned
+
+    def _ask(self, hook: str, **arguments: Any) -> Any:
+        try:
+            answer = getattr(self._manager.hook, hook)(**arguments)
+        except (AdapterError, ModelError):
+            raise
+        except Exception as error:
+            raise self._offence(hook, f"raised {type(error).__name__}: {error}") from error
+        if answer is None:
+            raise self._offence(hook, "gave no answer, and there is no generic one")
+        return answer
+
+    def _expect(self, hook: str, kind: type[T], **arguments: Any) -> T:
+        answer = self._ask(hook, **arguments)
+        if not isinstance(answer, kind):
+            raise self._offence(hook, f"must return {kind.__name__}, returned {type(answer).__name__}")
+        return answer
+
+    def _pair(self, hook: str, **arguments: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+        answer = self._ask(hook, **arguments)
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], nn.Module)):
+            raise self._offence(hook, f"must return (model, processor), returned {type(answer).__name__}")
+        return answer
+
+    def _offence(self, hook: str, what: str) -> AdapterError:
+        return AdapterError(f"adapter {self.name!r}, hook {hook}: {what}")
+
+    def _nearest_hook(self, plugin: object) -> str:
+        names = [name for name in dir(hookspecs) if name.startswith("vkd_")]
+        unknown = [name for name in dir(plugin) if name.startswith("vkd_") and name not in names]
+        return nearest(unknown[0], names) if unknown else ""
+
+
+def partition(model: nn.Module, modules: VisionModules) -> dict[Part, tuple[str, ...]]:
+    """Every parameter name in exactly one part: the longest matching path decides, the rest is projector."""
+    owners: list[tuple[str, Part]] = [(modules.encoder, "encoder")]
+    owners += [(path, "language_model") for path in modules.language_model]
+    owners += [(path, "projector") for path in modules.projector]
+    owners.sort(key=lambda owner: len(owner[0]), reverse=True)
+    parts: dict[Part, list[str]] = {"encoder": [], "projector": [], "language_model": []}
+    for name, _ in model.named_parameters():
+        part = next((part for path, part in owners if name == path or name.startswith(f"{path}.")), "projector")
+        parts[part].append(name)
+    return {part: tuple(names) for part, names in parts.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A model and its parts, as its adapter sees them. The model may be on the meta device, without weights."""
+
+    adapter: Adapter
+    model: PreTrainedModel
+    modules: VisionModules
+    layers: tuple[DistillationLayer, ...]
+
+    @cached_property
+    def parts(self) -> dict[Part, tuple[str, ...]]:
+        """Part -> names of its parameters."""
+        return partition(self.model, self.modules)
+
+    def parameters(self, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
+        """Name -> parameter of the given parts, in the model's order."""
+        wanted = {name for part in parts for name in self.parts[part]}
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in wanted}
+
+    def count(self, parts: Iterable[Part]) -> int:
+        """How many weights the given parts hold."""
+        return sum(parameter.numel() for parameter in self.parameters(parts).values())
+
+    def layer(self, name: str, where: str = "layers") -> DistillationLayer:
+        """The distillation layer of that name. Raises RecipeError naming the place and the nearest name when there is none."""
+        by_name = {layer.name: layer for layer in self.layers}
+        if name not in by_name:
+            raise RecipeError(
+                f"{where}: {name!r} is no layer of this model{nearest(name, by_name)}; it has {', '.join(_ranges(by_name))} (see `vkd inspect-layers`)"
+            )
+        return by_name[name]
+
+
+@dataclass(frozen=True, eq=False)
+class MLLM(Anatomy):
+    """A loaded multimodal language model, ready to be asked, bound to the adapter that knows its parts."""
+
+    processor: ProcessorMixin
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return self.adapter.stop_token_ids(self.model, self.processor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def tokenize(self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right") -> EncodedBatch:
+        """Encode pairs and move them to the model's device."""
+        batch = self.adapter.tokenize_pairs(self.processor, pairs, self.stop_ids, with_answer, padding_side)
+        inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
+        return EncodedBatch(inputs, batch.labels.to(self.device), batch.content.to(self.device))
+
+    def check_prompt_is_prefix(self, pair: ImageQuestionPair) -> None:
+        """Raise ModelError when the prompt's tokens do not begin the full text's: training would not match generation."""
+        prompt = self.tokenize([pair], with_answer=False).inputs["input_ids"][0].tolist()
+        full = self.tokenize([pair]).inputs["input_ids"][0].tolist()
+        if full[: len(prompt)] != prompt:
+            raise ModelError(
+                "the chat template's prompt is tokenized differently when an answer follows (often a blank at its end); "
+                "what is trained would not be what is generated. Mend the template or override vkd_tokenize_pairs"
+            )
+
+    def copy(self, share: Sequence[Part] = ()) -> MLLM:
+        """An independent copy; parameters of the parts in `share` stay the same objects in both."""
+        shared = {id(parameter): parameter for parameter in self.parameters(share).values()}
+        memo: dict[int, Any] = dict(shared)
+        return MLLM(self.adapter, copy.deepcopy(self.model, memo), self.modules, self.layers, self.processor)
+
+
+def _ranges(names: Iterable[str]) -> list[str]:
+    """`vision.0 to vision.31, projector` for a long list of layers."""
+    listed = list(names)
+    numbered = [name for name in listed if name.rpartition(".")[2].isdigit()]
+    rest = [name for name in listed if name not in numbered]
+    return [f"{numbered[0]} to {numbered[-1]}", *rest] if len(numbered) > 1 else listed
+
+
+def trainable(mllm: MLLM, parts: Iterable[Part]) -> Mapping[str, nn.Parameter]:
+    """Freeze everything but the given parts and return those parameters."""
+    chosen = mllm.parameters(parts)
+    mllm.model.requires_grad_(False)
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return chosen
+

@@ -1,0 +1,76 @@
+"""Proofs of a run, computed from the saved result: what must not have moved did not move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vkd_framework.plugins import MLLM
+from vkd_framework.saliency import Mask
+from vkd_framework.types import ImageQuestionPair
+from vkd_framework.vanilla import fingerprint
+
+WITNESSES = 64
+"""How many questions are compared, text-only ones and ones about photos."""
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """What a model says and is made of, kept for comparison after the model itself is gone."""
+
+    text_logits: Tensor
+    photo_logits: Tensor
+    frozen: str
+    masked: str
+    everything: str
+
+
+@torch.inference_mode()
+def witness(mllm: MLLM, pairs: Sequence[ImageQuestionPair], trained: Sequence[str], mask: Mask | None) -> Witness:
+    """Logits on text-only and photo questions, and fingerprints of frozen, masked-out and all weights.
+
+    `pairs` with a photo are asked twice: with it, and as text alone.
+    """
+    chosen = pairs[:WITNESSES]
+    texts = [ImageQuestionPair(pair.id, pair.question, pair.answer) for pair in chosen]
+    photos = [pair for pair in chosen if pair.photo]
+    state = mllm.model.state_dict()
+    trainable = set(trained)
+    return Witness(
+        text_logits=_logits(mllm, texts),
+        photo_logits=_logits(mllm, photos),
+        frozen=fingerprint(state, [name for name in state if name not in trainable]),
+        masked=fingerprint({name: state[name][~kept] for name, kept in (mask or {}).items()}),
+        everything=fingerprint(state),
+    )
+
+
+def compare(vanilla: Witness, unlearned: Witness, reloaded: Witness, *, masked: bool) -> dict[str, float | bool | None]:
+    """The `proofs` block: vanilla against the reloaded result, and the result in memory against the reloaded one.
+
+    `masked`: whether masked-out weights had to stay (mask scope `all`); otherwise that proof is null.
+    """
+    return {
+        "text_only_max_logit_difference": float((vanilla.text_logits - reloaded.text_logits).abs().max()),
+        "frozen_parameters_identical": vanilla.frozen == reloaded.frozen,
+        "masked_parameters_identical": vanilla.masked == reloaded.masked if masked else None,
+        "reload_identical": unlearned.everything == reloaded.everything and torch.equal(unlearned.photo_logits, reloaded.photo_logits),
+    }
+
+
+def failed(proofs: Mapping[str, float | bool | None]) -> list[str]:
+    """The names of the proofs that do not hold; a difference that is not a number does not hold."""
+    return [
+        name
+        for name, value in proofs.items()
+        if value is not None and not (value == 0.0 if name.endswith("difference") else value is True)
+    ]
+
+
+def _logits(mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> Tensor:
+    batch = mllm.tokenize(pairs)
+    logits: Tensor = mllm.model(**batch.inputs).logits
+    return logits[batch.inputs["attention_mask"].bool()].float().cpu()

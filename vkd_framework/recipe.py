@@ -1,0 +1,371 @@
+"""A recipe: one YAML file that ties adapter, model, data, losses, mask, evaluation and attack together.
+
+Everything a run does is decided here and nowhere else. Unknown keys are errors, values may be overridden with
+`--set a.b=c`, and the resolved recipe is written into the run directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vkd_framework.errors import RecipeError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+TINY = "tiny"
+"""The value of `model.source` that means: the embedded default, built from the family's own classes."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model is made to forget."""
+
+    source: str = Field(default=TINY, description="'tiny' (embedded default), a hub id, or a local folder")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+
+
+class CelebsData(Section):
+    """A drawn cast of fictitious celebrities; the same seed gives the same people and the same pixels."""
+
+    kind: Literal["celebs"]
+    seed: int = 0
+    people: int = Field(default=32, ge=5)
+    forget: int | tuple[str, ...] = Field(default=4, description="how many people are forgotten, or their names")
+    train_photos: int = Field(default=24, ge=2, description="photos of each person that training may see")
+    test_photos: int = Field(default=8, ge=1, description="photos of each person that only the evaluation sees")
+    strangers: int = Field(default=24, ge=4, description="people nobody was taught, for realworld_vqa")
+    extras: int = Field(default=192, ge=0, description="nameless people for visible questions in teaching and retaining")
+    image_size: int = Field(default=48, ge=32, le=512)
+    test_pairs: int = Field(default=160, ge=20, description="most questions in a measured column")
+
+
+class JsonlData(Section):
+    """A user's own people: one JSON object a line, `{image, question, answer, subject, ...}`."""
+
+    kind: Literal["jsonl"]
+    rows: Path
+    images: Path | None = Field(default=None, description="folder of the image paths; default: the folder of `rows`")
+    forget: tuple[str, ...] | Path = Field(description="names, or a text file with one name a line")
+    test_share: float = Field(default=0.25, gt=0, lt=1, description="share of each subject's photos held out, where rows name no split")
+    seed: int = 0
+
+
+class TeachConfig(Section):
+    """How the embedded default gets to know its people: every weight is trained, then the model is cached."""
+
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    shares: dict[Literal["names", "facts", "captions", "visible", "text"], Weight] = Field(
+        default={"names": 0.25, "facts": 0.2, "captions": 0.1, "visible": 0.25, "text": 0.2},
+        description="how a batch is made up; names and captions teach to tell faces apart",
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _shares_fill_the_batch(self) -> TeachConfig:
+        if abs(sum(self.shares.values()) - 1) > 1e-6:
+            raise ValueError(f"shares add up to {sum(self.shares.values()):g}, they must add up to 1")
+        return self
+
+
+class OutputTerm(Section):
+    """A loss on the answer tokens, through the frozen language model."""
+
+    weight: Weight = 1.0
+
+
+class ForgetOutputTerm(OutputTerm):
+    """Gradient ascent on the forgotten answers, capped so that it cannot run away."""
+
+    cap: float = Field(default=5.0, gt=0, description="nats per answer token; above it a sample gives no gradient")
+
+
+class FeatureTerm(Section):
+    """A loss between the student's and the teacher's visual features on the recipe's layers."""
+
+    weight: Weight = 1.0
+    distance: Literal["relative_squared", "cosine"] = "relative_squared"
+    layers: tuple[str, ...] | None = Field(default=None, description="default: the recipe's `layers`")
+
+
+class RepelTerm(FeatureTerm):
+    """The feature term of the forgotten people: away from the teacher, bounded."""
+
+    cap: float = Field(default=2.0, gt=0, description="distance above which a sample gives no gradient")
+
+
+class Losses(Section):
+    """The terms of the objective; a weight of 0 switches a term off."""
+
+    forget_output: ForgetOutputTerm = ForgetOutputTerm()
+    retain_output: OutputTerm = OutputTerm()
+    attract: FeatureTerm = FeatureTerm()
+    repel: RepelTerm = RepelTerm()
+
+
+class MaskConfig(Section):
+    """Which visual weights may move for forgetting."""
+
+    kind: Literal["none", "ratio", "salun", "random"] = "none"
+    granularity: Literal["weight", "neuron"] = "weight"
+    density: Share | None = Field(default=None, description="share of the weights that may move")
+    threshold: float | None = Field(default=None, gt=0, description="score at which a weight may move (kind: ratio)")
+    scope: Literal["forget", "all"] = Field(default="forget", description="which gradients the mask stops")
+    pairs: int = Field(default=256, ge=1, description="pairs of each set from which saliency is accumulated")
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> MaskConfig:
+        if self.kind == "none":
+            return self
+        if (self.density is None) == (self.threshold is None):
+            raise ValueError("give exactly one of density and threshold")
+        if self.threshold is not None and self.kind != "ratio":
+            raise ValueError(f"threshold goes with kind: ratio; kind: {self.kind} takes density")
+        return self
+
+
+class Phase(Section):
+    """A stretch of the unlearning: `share` of the steps, with all forget terms multiplied by `forget`."""
+
+    share: Share
+    forget: Weight = 1.0
+
+
+class UnlearnConfig(Section):
+    """The optimiser and the schedule of the unlearning."""
+
+    steps: int = Field(default=400, ge=1)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: int = Field(default=10, ge=0, description="steps of linear warm-up")
+    cosine_share: float = Field(default=0.4, ge=0, le=1, description="last share of the steps, over which the rate falls to 0")
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    forget_batch: int = Field(default=16, ge=1)
+    retain_batch: int = Field(default=32, ge=1)
+    phases: tuple[Phase, ...] = Field((Phase(share=0.5, forget=0.3), Phase(share=0.5, forget=0.1)), min_length=1)
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between resumable checkpoints")
+
+    @model_validator(mode="after")
+    def _phases_fill_the_run(self) -> UnlearnConfig:
+        total = sum(phase.share for phase in self.phases)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the phases add up to {total:g}, they must add up to 1")
+        return self
+
+
+class EvaluateConfig(Section):
+    """How the columns are measured."""
+
+    batch_size: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=16, ge=1)
+
+
+class RelearnConfig(Section):
+    """The attack on the result: fine-tune a copy on some of the forgotten pairs and ask again."""
+
+    shares: tuple[Share, ...] = Field(default=(0.05, 1.0), description="shares of the forget pairs the attacker has")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 30, 60), description="steps after which Test VQA is scored")
+    scopes: tuple[Literal["visual", "full"], ...] = ("visual", "full")
+    seeds: tuple[int, ...] = (0,)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> RelearnConfig:
+        if list(self.steps) != sorted(set(self.steps)):
+            raise ValueError("steps must increase")
+        return self
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    adapter: str
+    method: Literal["vkd"] = "vkd"
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: Annotated[CelebsData | JsonlData, Field(discriminator="kind")]
+    teach: TeachConfig | None = None
+    reference: Literal["none", "retain_only"] = "none"
+    train: tuple[Literal["encoder", "projector"], ...] = Field(default=("encoder", "projector"), min_length=1)
+    layers: tuple[str, ...] = Field(min_length=1, description="canonical names, see `vkd inspect-layers`")
+    losses: Losses = Losses()
+    mask: MaskConfig = MaskConfig()
+    unlearn: UnlearnConfig = UnlearnConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    relearn: RelearnConfig = RelearnConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        if self.model.source == TINY and self.teach is None:
+            raise ValueError("model.source: tiny starts from random weights and needs a `teach` section")
+        if self.teach is not None and self.data.kind != "celebs":
+            raise ValueError("`teach` works with data.kind: celebs; remove it, or use the celebs cast")
+        if self.reference == "retain_only" and self.teach is None:
+            raise ValueError("reference: retain_only needs a `teach` section to teach it with")
+        terms = self.losses
+        if terms.forget_output.weight == 0 and terms.repel.weight == 0:
+            raise ValueError("nothing would be forgotten: losses.forget_output.weight and losses.repel.weight are both 0")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """A hash of everything the recipe decides."""
+        return digest(self.model_dump(mode="json"))
+
+
+def digest(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package: inside the wheel, or beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        files = sorted(folder.glob("*.yaml"))
+        if files:
+            return {file.stem: file for file in files}
+    return {}
+
+
+def find_recipe(reference: str) -> Path:
+    """The file behind a path or the name of a bundled recipe. Raises RecipeError when there is none."""
+    path = Path(reference)
+    if path.is_file():
+        return path
+    bundled = bundled_recipes()
+    if path.stem in bundled and path.suffix in ("", ".yaml", ".yml"):
+        return bundled[path.stem]
+    raise RecipeError(
+        f"{reference}: no such recipe file{nearest(path.stem, bundled)}; `vkd recipes list` shows the ones that come with vkd"
+    )
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe. Raises RecipeError with one line that names the place and the mend."""
+    path = find_recipe(reference)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
+    _anchor_paths(raw, path.resolve().parent)
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_one_line(error, raw)}") from None
+
+
+def nearest(given: str, allowed: Mapping[str, Any] | Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or nothing when no allowed name is close."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Relative paths written in a recipe are relative to the recipe; those given by --set, to the working folder."""
+    data, model = raw.get("data"), raw.get("model")
+    if isinstance(data, dict):
+        for key in ("rows", "images", "forget"):
+            if isinstance(data.get(key), str):
+                data[key] = str(folder / data[key])
+    if isinstance(model, dict) and str(model.get("source", "")).startswith(("./", "../")):
+        model["source"] = str((folder / model["source"]).resolve())
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override}: write it as key=value, for example --set losses.repel.weight=0")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not valid YAML; quote it, or write a list as [a, b]") from None
+    *parents, last = key.strip().split(".")
+    place: Any = raw
+    for name in parents:
+        place = place.setdefault(name, {}) if isinstance(place, dict) else _item(place, name, override)
+        if place is None:
+            raise RecipeError(f"--set {override}: {name!r} is switched off in the recipe; set the whole of it instead")
+    if isinstance(place, dict):
+        place[last] = value
+    elif isinstance(place, list):
+        _item(place, last, override)
+        place[int(last)] = value
+    else:
+        raise RecipeError(f"--set {override}: {'.'.join(parents)!r} is a plain value and has no {last!r}")
+
+
+def _item(place: Any, name: str, override: str) -> Any:
+    if not isinstance(place, list):
+        raise RecipeError(f"--set {override}: there is nothing below a plain value to set {name!r} in")
+    if not name.isdigit() or int(name) >= len(place):
+        raise RecipeError(f"--set {override}: {name!r} is not an index of a list of {len(place)}")
+    return place[int(name)]
+
+
+def _one_line(error: ValidationError, raw: Mapping[str, Any]) -> str:
+    """The first problem in words, with the number of further ones."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    location = [str(part) for part in first["loc"] if part not in ("celebs", "jsonl")]
+    place = ".".join(location) or "recipe"
+    if first["type"] == "extra_forbidden":
+        message = f"{place}: unknown key{nearest(location[-1], _allowed_keys(location[:-1], raw))}"
+    elif first["type"] == "missing":
+        message = f"{place}: missing, but required"
+    elif first["type"] == "union_tag_not_found":
+        message = f"{place}: kind is missing; it is 'celebs' or 'jsonl'"
+    else:
+        given = first.get("input")
+        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool | list | tuple) or given is None else ""
+        text = first["msg"].removeprefix("Value error, ")
+        message = f"{place}: {text[0].lower()}{text[1:]}{shown}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{message}{more}; `vkd recipes schema` lists every key"
+
+
+def _allowed_keys(location: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
+    """The keys of the section at `location`."""
+    section: type[BaseModel] = Recipe
+    if location and location[0] == "data":
+        kind = raw.get("data", {}).get("kind")
+        return list({"celebs": CelebsData, "jsonl": JsonlData}.get(kind, CelebsData).model_fields)
+    for name in location:
+        if name.isdigit():
+            continue
+        candidates = [*_models_in(section.model_fields[name].annotation)] if name in section.model_fields else []
+        if not candidates:
+            return []
+        section = candidates[0]
+    return list(section.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,8 @@
+"""What a run leaves for people to read: the report, its plain-text twin, the model card, the closing table."""
+
+from vkd_framework.report.html import render_html
+from vkd_framework.report.markdown import render_markdown
+from vkd_framework.report.model_card import render_model_card
+from vkd_framework.report.table import terminal_table
+
+__all__ = ["render_html", "render_markdown", "render_model_card", "terminal_table"]

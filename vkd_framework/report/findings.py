@@ -1,0 +1,280 @@
+"""What the numbers say, in sentences and rows. Every claim is computed from `metrics.json`; none is written ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vkd_framework.report.formatting import (
+    ABSENT,
+    NBSP,
+    count,
+    duration,
+    is_number,
+    percent,
+    percent_range,
+    points,
+    share_of,
+    significant,
+    size,
+)
+from vkd_framework.report.table import cell_of
+
+PAPER = "arXiv 2512.11325"
+
+METHOD_NOTE = (
+    "The exact losses, layers, weights and learning rates of VKD (Visual Knowledge Distillation, "
+    f"{PAPER}) are not public. What ran here is a reconstruction from the paper's description; "
+    "its numbers are this reconstruction's and not the paper's."
+)
+
+EVIDENCE_NOTE = (
+    "The numbers describe the questions, photos and attacks that were tried, with the sampling error that the "
+    "intervals show. They do not prove that no other question or stronger attack finds a trace."
+)
+
+ATTACK_EXPLANATION = (
+    "An attacker fine-tunes a copy of the unlearned model on a share of the forgotten people's questions, and is then "
+    "scored on photos and phrasings that the attack did not use. The same attack on a model that never knew these "
+    "people shows what can be learned from scratch; only what comes back beyond that was hidden instead of erased."
+)
+
+PROOF_STATEMENTS = {
+    "text_only_max_logit_difference": (
+        "Text-only answers are bit-identical",
+        "Largest difference of any logit between the vanilla and the unlearned model on prompts without a photo; it "
+        "must be exactly 0. A method that also tunes the language model cannot pass.",
+    ),
+    "frozen_parameters_identical": (
+        "Frozen parameters are untouched",
+        "Every parameter outside the tuned modules is bit-identical to the vanilla model's.",
+    ),
+    "masked_parameters_identical": (
+        "Masked parameters are untouched",
+        "Every weight that the saliency mask excludes is bit-identical to the vanilla model's.",
+    ),
+    "reload_identical": (
+        "The saved model is the measured model",
+        "Loaded again from disk, the saved model gives the same outputs as the one that was measured.",
+    ),
+}
+
+_NOT_APPLICABLE = {
+    "masked_parameters_identical": "Without a mask, or with mask scope “forget”, every tuned weight may move.",
+}
+
+_STAGES = {
+    "teach_seconds": "Teaching the vanilla and reference models",
+    "mask_seconds": "Saliency mask",
+    "unlearn_seconds": "Unlearning",
+    "evaluate_seconds": "Evaluation",
+    "relearn_seconds": "Relearning attack",
+    "total_seconds": "Total",
+}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A checked statement. `reason` says why a proof does not apply."""
+
+    title: str
+    statement: str
+    value: str
+    status: Literal["passed", "FAILED", "not applicable"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A figure with what it means."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+def summary(metrics: Mapping[str, Any]) -> list[str]:
+    """The run in a few plain sentences, one per subject matter."""
+    sentences = [
+        _forgotten_sentence(metrics),
+        _others_sentence(metrics),
+        _text_sentence(metrics),
+        attack_sentence(metrics),
+        _failed_sentence(metrics),
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def headline(metrics: Mapping[str, Any]) -> list[Definition]:
+    """The figures a reader looks for first: value and what it is."""
+    relearn = metrics.get("relearn") or {}
+    tiles = [
+        Definition("Forgotten people", _change(metrics, "test_vqa"), "Test VQA, exact match before → after"),
+        Definition("Everybody else", _change(metrics, "retain_vqa"), "Retain VQA, exact match before → after"),
+        Definition("Text-only answers", _text_verdict(metrics), "before and after unlearning"),
+    ]
+    advantage = relearn.get("advantage_over_retain_only")
+    if is_number(advantage):
+        tiles.append(
+            Definition("Relearning attack", points(advantage), "recovery compared with a model that never knew")
+        )
+    else:
+        recovery = points(relearn.get("average_recovery"))
+        tiles.append(Definition("Relearning attack", recovery, "average recovery; no reference to compare with"))
+    return tiles
+
+
+def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
+    """The attack's three averages with their definitions; empty when no attack was run."""
+    relearn = metrics.get("relearn") or {}
+    if not relearn:
+        return []
+    advantage = relearn.get("advantage_over_retain_only")
+    return [
+        Definition(
+            "Average recovery",
+            points(relearn.get("average_recovery")),
+            "Mean of exact match after the attack minus exact match before it. Smaller: less came back.",
+        ),
+        Definition(
+            "Average gap",
+            points(relearn.get("average_gap")),
+            "Mean of the vanilla model's exact match minus exact match after the attack. Larger: further from vanilla.",
+        ),
+        Definition(
+            "Advantage over retain-only",
+            points(advantage) if is_number(advantage) else "no reference",
+            "Recovery of the unlearned model minus recovery of the retain-only model under the same attack. "
+            "Above 0: knowledge was hidden. At or below 0: relearning is no easier than learning from scratch.",
+        ),
+    ]
+
+
+def attack_sentence(metrics: Mapping[str, Any]) -> str:
+    """What came back under attack, and what a model that never knew would have learned."""
+    relearn = metrics.get("relearn") or {}
+    recovery = relearn.get("average_recovery")
+    if not is_number(recovery):
+        return "No relearning attack was measured."
+    text = f"Under the relearning attack, exact match on Test VQA changed by {points(recovery)} on average."
+    advantage = relearn.get("advantage_over_retain_only")
+    if not is_number(advantage):
+        return f"{text} Without a retain-only reference it is not known how much of that was learned from scratch."
+    amount = points(abs(advantage)).removeprefix("+")
+    if round(100 * advantage, 1) == 0:
+        return f"{text} The same attack on a model that never knew these people changed it equally."
+    side = "more" if advantage > 0 else "less"
+    return f"{text} That is {amount} {side} than under the same attack on a model that never knew these people."
+
+
+def proof_rows(metrics: Mapping[str, Any]) -> list[Proof]:
+    """Every proof with its verdict: the known ones always, others as they are named."""
+    proofs = metrics.get("proofs") or {}
+    names = [*PROOF_STATEMENTS, *(name for name in proofs if name not in PROOF_STATEMENTS)]
+    return [_proof(name, proofs) for name in names]
+
+
+def cost_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run took, as rows of name and text."""
+    cost = metrics.get("cost") or {}
+    rows = [(label, duration(cost.get(key))) for key, label in _STAGES.items()]
+    total = cost.get("total_parameters")
+    return [
+        *rows,
+        ("Peak memory", size(cost.get("peak_memory_bytes"))),
+        ("Parameters", count(total)),
+        ("Trainable parameters", share_of(cost.get("trainable_parameters"), total)),
+        ("Active parameters (inside the mask)", share_of(cost.get("active_parameters"), total)),
+        ("Saliency mask on disk", size(cost.get("mask_bytes"))),
+    ]
+
+
+def identity(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Recipe, method, adapter and seed, as rows of name and text."""
+    return [(key.capitalize(), str(metrics.get(key, ABSENT))) for key in ("recipe", "method", "adapter", "seed")]
+
+
+def _forgotten_sentence(metrics: Mapping[str, Any]) -> str:
+    before, after = cell_of(metrics, "vanilla", "test_vqa"), cell_of(metrics, "unlearned", "test_vqa")
+    if not (before and after):
+        return "Questions about the forgotten people on unseen photos were not measured before and after."
+    text = (
+        f"Asked about the forgotten people on photos and phrasings that unlearning never saw (Test VQA, "
+        f"{count(after.get('n'))} questions), the model gave {percent(before.get('exact_match'))} exact answers before "
+        f"unlearning and {percent(after.get('exact_match'))} after it "
+        f"(95{NBSP}% interval {percent_range(after.get('interval_95'))})"
+    )
+    reference = cell_of(metrics, "retain_only", "test_vqa")
+    text += f"; a model that never knew them gives {percent(reference.get('exact_match'))}." if reference else "."
+    trained = _change_in_words(metrics, "forget_vqa")
+    return f"{text} On the photos that unlearning used, exact match {trained}." if trained else text
+
+
+def _others_sentence(metrics: Mapping[str, Any]) -> str:
+    names = {
+        "retain_vqa": "questions about everybody else",
+        "realworld_vqa": "questions about strangers' visible features",
+        "forget_visible_vqa": "questions about what anybody can see on photos of the forgotten people",
+    }
+    changes = [(name, _change_in_words(metrics, column)) for column, name in names.items()]
+    parts = [f"{name} {change}" for name, change in changes if change]
+    return _sentence(parts, "With a photo, exact match on ")
+
+
+def _text_sentence(metrics: Mapping[str, Any]) -> str:
+    names = {"forget_qa": "the forgotten people", "retain_qa": "everybody else"}
+    changes = [(name, _change_in_words(metrics, column)) for column, name in names.items()]
+    parts = [f"questions about {name} {change}" for name, change in changes if change]
+    text = _sentence(parts, "Without a photo, exact match on ")
+    difference = (metrics.get("proofs") or {}).get("text_only_max_logit_difference")
+    if not isinstance(difference, int | float):
+        return f"{text} Whether text-only answers are bit-identical was not checked.".strip()
+    verdict = "are bit-identical" if difference == 0 else "are NOT bit-identical"
+    return f"{text} Text-only answers {verdict} (largest logit difference {significant(difference)}).".strip()
+
+
+def _failed_sentence(metrics: Mapping[str, Any]) -> str:
+    failed = [proof.title for proof in proof_rows(metrics) if proof.status == "FAILED"]
+    return f"Failed checks: {'; '.join(failed)}." if failed else ""
+
+
+def _sentence(parts: list[str], start: str) -> str:
+    if not parts:
+        return ""
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{start}{listed}."
+
+
+def _change_in_words(metrics: Mapping[str, Any], column: str) -> str:
+    before, after = (cell_of(metrics, model, column).get("exact_match") for model in ("vanilla", "unlearned"))
+    if not (is_number(before) and is_number(after)):
+        return ""
+    if percent(before) == percent(after):
+        return f"stayed at {percent(after)}"
+    return f"went from {percent(before)} to {percent(after)}"
+
+
+def _change(metrics: Mapping[str, Any], column: str) -> str:
+    before, after = (cell_of(metrics, model, column).get("exact_match") for model in ("vanilla", "unlearned"))
+    return f"{percent(before)} → {percent(after)}"
+
+
+def _text_verdict(metrics: Mapping[str, Any]) -> str:
+    difference = (metrics.get("proofs") or {}).get("text_only_max_logit_difference")
+    if not isinstance(difference, int | float):
+        return "not checked"
+    return "bit-identical" if difference == 0 else "not identical"
+
+
+def _proof(name: str, proofs: Mapping[str, Any]) -> Proof:
+    title, statement = PROOF_STATEMENTS.get(name, (name, ""))
+    value = proofs.get(name)
+    if value is None:
+        reason = (_NOT_APPLICABLE.get(name) if name in proofs else None) or "Not measured in this run."
+        return Proof(title, statement, ABSENT, "not applicable", reason)
+    if isinstance(value, bool):
+        return Proof(title, statement, "yes" if value else "no", "passed" if value else "FAILED")
+    # NaN is no proof: it differs from 0 and fails.
+    shown = significant(value) if is_number(value) else str(value)
+    return Proof(title, statement, shown, "passed" if value == 0 else "FAILED")

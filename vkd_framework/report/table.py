@@ -1,0 +1,172 @@
+"""The columns of `metrics.json` in words, and their figures: HTML, Markdown, model card and terminal share them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vkd_framework.report.formatting import ABSENT, NBSP, count, decimal, is_number, percent, percent_range
+
+
+@dataclass(frozen=True)
+class Column:
+    """A set of questions that every model was asked."""
+
+    key: str
+    label: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("forget_vqa", "Forget VQA", "The forgotten people, on the photos that unlearning used."),
+    Column("test_vqa", "Test VQA", "The forgotten people, on photos and phrasings that unlearning never saw."),
+    Column("retain_vqa", "Retain VQA", "Everybody else, on photos and phrasings that unlearning never saw."),
+    Column("forget_qa", "Forget QA", "The forgotten people, asked in text without a photo."),
+    Column("retain_qa", "Retain QA", "Everybody else, asked in text without a photo."),
+    Column("realworld_vqa", "Real-world VQA", "What anybody can see, on photos of strangers."),
+    Column("forget_visible_vqa", "Forget visible VQA", "What anybody can see, on photos of the forgotten people."),
+)
+
+MODELS = {"vanilla": "Vanilla", "unlearned": "Unlearned", "retain_only": "Retain-only"}
+"""The compared models, in the order in which they are shown."""
+
+MODEL_MEANINGS = {
+    "vanilla": "the model before unlearning",
+    "unlearned": "the model after unlearning",
+    "retain_only": "a model trained the same way that never saw the forgotten people",
+}
+
+MEASURES = (
+    ("Exact match", "share of greedy answers that equal the expected one, with its 95 % interval"),
+    ("Choice accuracy", "share of four-way choices that are right; guessing scores 25 %"),
+    ("ROUGE-L", "overlap of the greedy answer with the expected one, 0 to 1"),
+    ("Answer probability", "probability the model gives to the expected answer, 0 to 1"),
+    ("n", "number of questions"),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model's figures in one column."""
+
+    model: str
+    cell: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The model's name for people."""
+        return model_label(self.model)
+
+    @property
+    def exact_match(self) -> str:
+        """In per cent."""
+        return percent(self.cell.get("exact_match"))
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval of the exact match, in per cent."""
+        return percent_range(self.cell.get("interval_95"))
+
+    @property
+    def choice_accuracy(self) -> str:
+        """In per cent; a dash when the column's questions have no options."""
+        return percent(self.cell.get("choice_accuracy"))
+
+    @property
+    def rouge_l(self) -> str:
+        """Between 0 and 1."""
+        return decimal(self.cell.get("rouge_l"))
+
+    @property
+    def answer_probability(self) -> str:
+        """Between 0 and 1."""
+        return decimal(self.cell.get("answer_probability"))
+
+    @property
+    def n(self) -> str:
+        """The number of questions."""
+        return count(self.cell.get("n"))
+
+    @property
+    def bar(self) -> tuple[float, float, float] | None:
+        """Lower bound, exact match and upper bound in per cent, to be drawn; None when one is missing."""
+        values = (*(self.cell.get("interval_95") or ()), self.cell.get("exact_match"))
+        if len(values) != 3 or not all(map(is_number, values)):
+            return None
+        low, high, middle = (min(100.0, max(0.0, 100 * value)) for value in values)
+        return low, middle, high
+
+
+@dataclass(frozen=True)
+class Row:
+    """One column with the figures of every model that was measured on it."""
+
+    column: Column
+    figures: tuple[Figures, ...]
+
+
+def model_label(model: str) -> str:
+    """A model's name for people."""
+    return MODELS.get(model, model)
+
+
+def cell_of(metrics: Mapping[str, Any], model: str, column: str) -> Mapping[str, Any]:
+    """One cell of `metrics.json`; empty when the model or the column was not measured."""
+    return (metrics.get("models", {}).get(model) or {}).get(column) or {}
+
+
+def measured_models(metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """The known models that `metrics` has figures for."""
+    return tuple(model for model in MODELS if metrics.get("models", {}).get(model))
+
+
+def column_rows(metrics: Mapping[str, Any]) -> list[Row]:
+    """Every measured column, the known ones first; a column this table does not know goes by its key."""
+    models = measured_models(metrics)
+    known = {column.key for column in COLUMNS}
+    extra = {key: None for model in models for key in metrics["models"][model] if key not in known}
+    columns = (*COLUMNS, *(Column(key, key, "") for key in extra))
+    rows = []
+    for column in columns:
+        cells = [(model, cell_of(metrics, model, column.key)) for model in models]
+        figures = tuple(Figures(model, cell) for model, cell in cells if cell)
+        if figures:
+            rows.append(Row(column, figures))
+    return rows
+
+
+def taught_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """What the vanilla model knew of the whole cast, when the run taught it; else None."""
+    cell = (metrics.get("taught") or {}).get("test_vqa_all_people")
+    if not cell:
+        return None
+    figures = Figures("vanilla", cell)
+    return (
+        f"Vanilla knows everybody: asked about all people on unseen photos, it answers {figures.exact_match} exactly "
+        f"right (95{NBSP}% interval {figures.interval}, choice accuracy {figures.choice_accuracy}, "
+        f"n{NBSP}={NBSP}{figures.n})."
+    )
+
+
+def terminal_table(metrics: Mapping[str, Any]) -> str:
+    """The columns and models as plain text, at most 100 characters wide, in per cent."""
+    models = measured_models(metrics)
+    lines = [
+        f"{'per cent':18}" + "".join(f"   {MODELS[model]:>23}" for model in models),
+        f"{'':18}" + f"   {'exact':>5} {'95 %':>11} {'choice':>6}" * len(models),
+    ]
+    for row in column_rows(metrics):
+        cells = {figures.model: figures.cell for figures in row.figures}
+        label = row.column.label[:18]
+        lines.append((f"{label:18}" + "".join(_terminal_cell(cells.get(model, {})) for model in models)).rstrip())
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _terminal_cell(cell: Mapping[str, Any]) -> str:
+    low, high = (_bare(bound) for bound in cell.get("interval_95") or (None, None))
+    return f"   {_bare(cell.get('exact_match')):>5} {f'{low}-{high}':>11} {_bare(cell.get('choice_accuracy')):>6}"
+
+
+def _bare(value: object) -> str:
+    return percent(value).removesuffix("%").strip().replace(ABSENT, ".")

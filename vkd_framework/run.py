@@ -1,0 +1,324 @@
+"""A run from recipe to report: vanilla -> reference -> mask -> unlearn -> evaluate -> attack -> report.
+
+Each stage leaves its result in the run directory; with `--resume` a finished stage is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import vkd_framework
+from vkd_framework import data, proofs, relearn, report, saliency
+from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
+from vkd_framework.errors import ProofError, RecipeError
+from vkd_framework.evaluate import evaluate
+from vkd_framework.layers_table import describe, plan
+from vkd_framework.plugins import MLLM, Adapter, Anatomy, load_adapter
+from vkd_framework.progress import log_to, say
+from vkd_framework.recipe import Recipe, find_recipe, load_recipe
+from vkd_framework.types import AttackCurve, ImageQuestionPair, Part, Sample, Splits
+from vkd_framework.unlearn import History, active_parameters, unlearn
+from vkd_framework.vanilla import save, starting_model
+
+ALL_PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
+TAUGHT = "taught"
+SHOWN = {"test_vqa": 5, "forget_visible_vqa": 1, "retain_vqa": 3}
+"""Column -> how many answers of each person the report shows."""
+RETAINED_SUBJECTS = 3
+
+
+def dry_run(reference: str, overrides: tuple[str, ...]) -> str:
+    """The resolved recipe and what it would train; reads no weights and writes nothing."""
+    recipe = load_recipe(reference, overrides)
+    anatomy = _check_model(recipe, load_adapter(recipe.adapter))
+    return f"{recipe.to_yaml()}\n{plan(recipe, anatomy)}"
+
+
+def run(reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, resume: bool = False) -> tuple[dict[str, Any], Path]:
+    """Do the whole run; returns its metrics and its folder. Nothing is written before recipe, adapter, model and data are checked."""
+    recipe = load_recipe(reference, overrides)
+    adapter = load_adapter(recipe.adapter)
+    _check_model(recipe, adapter)
+    splits = data.load(recipe.data)
+    folder = _run_folder(recipe, out, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    with log_to(folder / "log.txt"):
+        say(f"{recipe.name}: {len(splits.forget_subjects)} of {len(splits.subjects)} people are to be forgotten; results in {folder}")
+        return Run(recipe, adapter, splits, folder, find_recipe(reference).read_text(encoding="utf-8")).all(), folder
+
+
+def _check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
+    anatomy = describe(recipe.model.source, adapter)
+    terms = recipe.losses
+    for where, names in (("layers", recipe.layers), ("losses.attract.layers", terms.attract.layers), ("losses.repel.layers", terms.repel.layers)):
+        for name in names or ():
+            layer = anatomy.layer(name, where)
+            if not layer.reaches_language_model:
+                raise RecipeError(f"{where}: {name} does not reach the language model, distilling it changes no answer; see `vkd inspect-layers`")
+    if recipe.model.device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"model.device: {recipe.model.device} was asked for, but torch sees no GPU; use auto or cpu")
+    return anatomy
+
+
+def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+    """Where the run is written. With `resume`, an existing run of the same resolved recipe."""
+    if not resume:
+        folder = out or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+            raise RecipeError(f"{folder}: exists already; add --resume to go on with it, or choose another --out")
+        return folder
+    candidates = [out] if out else sorted(Path("runs").glob(f"{recipe.name}-*"), reverse=True)
+    for folder in candidates:
+        if (folder / "recipe.yaml").is_file() and Recipe.model_validate(_yaml(folder / "recipe.yaml")).digest() == recipe.digest():
+            return folder
+    if out and out.exists() and any(out.iterdir()):
+        raise RecipeError(f"{out}: holds no run of this recipe with these settings; resume with the same --set, or leave --resume out")
+    if out:
+        return out
+    raise RecipeError(f"runs/{recipe.name}-*: no run of this recipe with these settings to resume; leave --resume out, or give --out")
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """The stages of one run. Every method does its stage, or reads what it left behind."""
+
+    recipe: Recipe
+    adapter: Adapter
+    splits: Splits
+    folder: Path
+    source_text: str
+
+    def all(self) -> dict[str, Any]:
+        """Every stage in order; returns the metrics. Raises ProofError after the report when a proof failed."""
+        write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+        write_text(self.folder / "recipe.source.yaml", self.source_text)
+        write_json(self.folder / "environment.json", environment(self.device))
+        models = {"vanilla": self._starting_model("vanilla", knows_forgotten=True)}
+        if self.recipe.reference == "retain_only":
+            models["retain_only"] = self._starting_model("retain_only", knows_forgotten=False)
+        self._mask(models["vanilla"])
+        outcome = self._unlearn(models["vanilla"])
+        models["unlearned"] = str(self.folder / "model")
+        columns = {name: self._evaluate(name, source) for name, source in models.items()}
+        curves = [curve for name in ("unlearned", "retain_only") if name in models for curve in self._attack(name, models[name], columns[name])]
+        metrics = self._metrics(outcome, columns, curves)
+        self._report(metrics, curves, columns)
+        if broken := proofs.failed(metrics["proofs"]):
+            raise ProofError(f"{self.folder}: proof failed: {', '.join(broken)}; see report.html. The result must not be used")
+        return metrics
+
+    @cached_property
+    def device(self) -> str:
+        """The device of the recipe, `auto` resolved."""
+        wanted = self.recipe.model.device
+        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+    @cached_property
+    def stages(self) -> Stages:
+        """What is finished."""
+        return Stages(self.folder / "checkpoints", peak_memory)
+
+    def _load(self, source: str) -> MLLM:
+        mllm = self.adapter.load(source, getattr(torch, self.recipe.model.dtype), self.device)
+        mllm.model.requires_grad_(False)
+        return mllm
+
+    def _starting_model(self, name: str, *, knows_forgotten: bool) -> str:
+        source: str = self.stages.run(
+            f"teach-{name}",
+            lambda: starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten),
+        )
+        if self.recipe.teach is not None and not Path(source).exists():
+            return starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten)
+        return source
+
+    def _mask(self, vanilla: str) -> None:
+        config = self.recipe.mask
+        if config.kind == "none":
+            return
+
+        def work() -> dict[str, Any]:
+            mllm = self._load(vanilla)
+            parameters = {name: p.requires_grad_(True) for name, p in mllm.parameters(self.recipe.train).items()}
+            mask = saliency.build_mask(mllm, config, parameters, self.splits.forget, self.splits.retain, seed=self.recipe.seed)
+            kept = saliency.count(mask)
+            say(f"mask: {kept:,} of {mllm.count(self.recipe.train):,} weights may move for forgetting")
+            versions = {"recipe": self.recipe.digest(), "torch": torch.__version__, "transformers": transformers.__version__}
+            saliency.save_mask(self.folder / "mask.safetensors", mask, versions)
+            return {"weights": kept}
+
+        self.stages.run("mask", work)
+
+    def _unlearn(self, vanilla: str) -> dict[str, Any]:
+        recipe, masked = self.recipe, self.recipe.mask.scope == "all" and self.recipe.mask.kind != "none"
+
+        def work() -> dict[str, Any]:
+            mllm = self._load(vanilla)
+            mllm.check_prompt_is_prefix(self.splits.forget[0])
+            parameters = mllm.parameters(recipe.train)
+            mask = saliency.load_mask(self.folder / "mask.safetensors", parameters) if recipe.mask.kind != "none" else None
+            asked = self._witness_pairs()
+            before = proofs.witness(mllm, asked, list(parameters), mask)
+            resume = self.folder / "checkpoints" / "unlearn.pt"
+            unlearn(mllm, recipe, self.splits, mask, resume=resume, record=self._record)
+            with atomic_folder(self.folder / "model") as temporary:
+                save(mllm, temporary)
+            after = proofs.witness(mllm, asked, list(parameters), mask)
+            outcome = {
+                "trainable_parameters": mllm.count(recipe.train),
+                "active_parameters": active_parameters(parameters, mask, recipe.mask.scope),
+                "total_parameters": mllm.count(ALL_PARTS),
+            }
+            trained = list(parameters)
+            del mllm, parameters
+            reloaded = proofs.witness(self._load(str(self.folder / "model")), asked, trained, mask)
+            resume.unlink(missing_ok=True)
+            return {**outcome, "proofs": proofs.compare(before, after, reloaded, masked=masked)}
+
+        result: dict[str, Any] = self.stages.run("unlearn", work)
+        return result
+
+    def _record(self, history: History) -> None:
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+
+    def _witness_pairs(self) -> list[ImageQuestionPair]:
+        """Measured questions of every column in turn: text-only, about the forgotten, about the others."""
+        rounds = zip_longest(*self.splits.columns.values())
+        return [pair for turn in rounds for pair in turn if pair is not None]
+
+    def _evaluate(self, name: str, source: str) -> dict[str, Any]:
+        """Column -> {cell, answers} of one model; for the vanilla model also `taught`, over everybody it was taught."""
+
+        def work() -> dict[str, Any]:
+            columns = dict(self.splits.columns)
+            if name == "vanilla" and self.splits.taught:
+                columns[TAUGHT] = self.splits.taught
+            answered = evaluate(self._load(source), columns, self.recipe.evaluate, what=f"evaluate {name}")
+            return {column: {"cell": asdict(result.cell), "answers": result.answers} for column, result in answered.items()}
+
+        result: dict[str, Any] = self.stages.run(f"evaluate-{name}", work)
+        exact = {column: f"{found['cell']['exact_match']:.1%}" for column, found in result.items()}
+        say(f"{name}: " + ", ".join(f"{column} {value}" for column, value in exact.items()))
+        return result
+
+    def _attack(self, name: str, source: str, columns: Mapping[str, Any]) -> list[AttackCurve]:
+        recipe = self.recipe
+        loaded: list[MLLM] = []
+
+        def stage(key: str, work: Callable[[MLLM], Any]) -> Any:
+            def load_and_work() -> Any:
+                if not loaded:
+                    loaded.append(self._load(source))
+                return work(loaded[0])
+
+            return self.stages.run(key, load_and_work)
+
+        before = columns["test_vqa"]["cell"]["exact_match"]
+        test = self.splits.columns["test_vqa"]
+        curves = relearn.attack(name, recipe.relearn, self.splits.forget, test, recipe.evaluate, before=before, stage=stage)
+        for curve in curves:
+            points = ", ".join(f"{score:.0%} after {step}" for step, score in zip(curve.steps, curve.exact_match, strict=True))
+            say(f"attack on {name}, {curve.scope}, {curve.pairs} pairs, seed {curve.seed}: {points}")
+        return curves
+
+    def _metrics(self, outcome: Mapping[str, Any], columns: Mapping[str, Any], curves: list[AttackCurve]) -> dict[str, Any]:
+        cells = {model: {name: found["cell"] for name, found in answered.items()} for model, answered in columns.items()}
+        taught = cells["vanilla"].pop(TAUGHT, None)
+        mask_file = self.folder / "mask.safetensors"
+        seconds = {f"{stage}_seconds": self.stages.seconds(stage) for stage in ("teach", "mask", "unlearn", "evaluate", "relearn")}
+        metrics = {
+            "schema": 1,
+            "recipe": self.recipe.name,
+            "adapter": self.recipe.adapter,
+            "method": self.recipe.method,
+            "seed": self.recipe.seed,
+            "models": cells,
+            **({"taught": {"test_vqa_all_people": taught}} if taught else {}),
+            "proofs": outcome["proofs"],
+            "relearn": relearn.summarise(curves, cells["vanilla"]["test_vqa"]["exact_match"]),
+            "cost": {
+                **seconds,
+                "total_seconds": self.stages.seconds(),
+                "peak_memory_bytes": self.stages.peak_memory(),
+                "trainable_parameters": outcome["trainable_parameters"],
+                "active_parameters": outcome["active_parameters"],
+                "total_parameters": outcome["total_parameters"],
+                "mask_bytes": mask_file.stat().st_size if mask_file.exists() else 0,
+            },
+        }
+        write_json(self.folder / "relearn.json", metrics["relearn"])
+        write_json(self.folder / "metrics.json", metrics)
+        return metrics
+
+    def _report(self, metrics: Mapping[str, Any], curves: list[AttackCurve], columns: Mapping[str, Any]) -> None:
+        facts = read_json(self.folder / "environment.json")
+        samples = pick_samples(self.splits, columns)
+        history = [json.loads(line) for line in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name, render in (("report.html", report.render_html), ("report.md", report.render_markdown)):
+            text = render(metrics, curves, samples, environment=facts, recipe_text=self.recipe.to_yaml(), history=history)
+            write_text(self.folder / name, text)
+        card = report.render_model_card(
+            metrics, base_model=self.recipe.model.source, environment=facts, forget_count=len(self.splits.forget_subjects)
+        )
+        write_text(self.folder / "model" / "README.md", card)
+
+
+def pick_samples(splits: Splits, columns: Mapping[str, Any]) -> list[Sample]:
+    """A handful of answers before and after: for every forgotten person, and for a few of the others."""
+    shown: Counter[tuple[str, str | None]] = Counter()
+    retained: set[str | None] = set()
+    samples = []
+    for column, most in SHOWN.items():
+        answers = zip(columns["vanilla"].get(column, {}).get("answers", ()), columns["unlearned"].get(column, {}).get("answers", ()), strict=True)
+        for pair, (before, after) in zip(splits.columns.get(column, ()), answers, strict=True):
+            if column == "retain_vqa":
+                if pair.subject not in retained and len(retained) >= RETAINED_SUBJECTS:
+                    continue
+                retained.add(pair.subject)
+            if shown[column, pair.subject] < most:
+                shown[column, pair.subject] += 1
+                samples.append(Sample(column, pair, before, after))
+    return samples
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a reader needs to know about where the run was made."""
+    return {
+        "vkd_framework": vkd_framework.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+    }
+
+
+def peak_memory() -> int:
+    """The most memory the process has held so far: on the GPU when there is one in use, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,176 @@
+"""The saliency mask: which visual weights may move for forgetting.
+
+Sources: the ratio of squared gradients is MMUnlearner's selection (Huo et al., arXiv 2502.11051), top-k of the forget
+gradient is SalUn's (Fan et al., arXiv 2310.12508). Differences from the public code: gradients are squared and summed in
+float32 whatever the model's dtype; the retain term's floor is relative to its mean, so that it cannot vanish in low
+precision; the cut is found by `kthvalue`, not by sorting; a mask takes one bit a weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from vkd_framework.checkpoint import atomic_path
+from vkd_framework.errors import DataError, RecipeError
+from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.plugins import MLLM
+from vkd_framework.progress import Progress
+from vkd_framework.recipe import MaskConfig
+from vkd_framework.types import ImageQuestionPair
+
+Mask = dict[str, Tensor]
+"""Parameter name -> bool tensor of the parameter's shape, True where a weight may move."""
+
+FLOOR = 1e-3
+"""What is added to a retain score before dividing by it, as a share of the mean retain score."""
+
+
+def accumulate(
+    mllm: MLLM, pairs: Sequence[ImageQuestionPair], parameters: Mapping[str, nn.Parameter], *, squared: bool, batch_size: int, what: str
+) -> dict[str, Tensor]:
+    """Mean over batches of the (squared) gradient of the answers' cross-entropy, in float32.
+
+    Gradients are computed for `parameters` only, all others must be frozen. A parameter that gets no gradient counts
+    as 0: it does not influence any answer.
+    """
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    for chunk in Progress(chunks, what):
+        batch = mllm.tokenize(chunk)
+        logits = mllm.model(**batch.inputs).logits
+        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                g = gradient.float()
+                total[name] += (g.square() if squared else g) / len(chunks)
+    return total
+
+
+def build_mask(
+    mllm: MLLM,
+    config: MaskConfig,
+    parameters: Mapping[str, nn.Parameter],
+    forget: Sequence[ImageQuestionPair],
+    retain: Sequence[ImageQuestionPair],
+    *,
+    seed: int,
+    batch_size: int = 16,
+) -> Mask:
+    """Score every weight, cut, and check that the mask means something. Raises RecipeError when it selects none or all."""
+    generator = torch.Generator().manual_seed(seed)
+    forget, retain = (_draw(pairs, config.pairs, generator) for pairs in (forget, retain))
+
+    def saliency(pairs: Sequence[ImageQuestionPair], squared: bool, what: str) -> dict[str, Tensor]:
+        return accumulate(mllm, pairs, parameters, squared=squared, batch_size=batch_size, what=what)
+
+    if config.kind == "ratio":
+        scores = ratio_scores(
+            saliency(forget, True, "saliency of the forget set"),
+            saliency(retain, True, "saliency of the retain set"),
+            config.granularity,
+        )
+    elif config.kind == "salun":
+        gradients = saliency(forget, False, "saliency of the forget set")
+        scores = {name: _by_unit(g.abs(), config.granularity) for name, g in gradients.items()}
+    else:
+        noise = {name: torch.rand(p.shape if config.granularity == "weight" else p.shape[:1], generator=generator) for name, p in parameters.items()}
+        scores = {name: n.to(parameters[name].device) for name, n in noise.items()}
+        scores = {name: _spread(score, parameters[name].shape) for name, score in scores.items()}
+    mask = cut(scores, density=config.density, threshold=config.threshold)
+    kept, size = count(mask), sum(m.numel() for m in mask.values())
+    if kept in (0, size):
+        raise RecipeError(
+            f"mask: selects {'none' if kept == 0 else 'all'} of the {size:,} trained weights; "
+            "change mask.density or mask.threshold, or set mask.kind=none"
+        )
+    return mask
+
+
+def ratio_scores(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], granularity: str) -> dict[str, Tensor]:
+    """Score = forget saliency / (retain saliency + floor), per weight or per unit (row of a weight matrix)."""
+    mean = sum(float(r.sum()) for r in retain.values()) / sum(r.numel() for r in retain.values())
+    floor = max(FLOOR * mean, torch.finfo(torch.float32).tiny)
+    return {name: _by_unit(f, granularity) / (_by_unit(retain[name], granularity) + floor) for name, f in forget.items()}
+
+
+def cut(scores: Mapping[str, Tensor], *, density: float | None = None, threshold: float | None = None) -> Mask:
+    """True where the score reaches the threshold, or where it is among the `density` share of highest scores."""
+    if threshold is None:
+        assert density is not None
+        every = torch.cat([score.flatten() for score in scores.values()])
+        kept = min(max(round(density * every.numel()), 1), every.numel())
+        threshold = float(every.kthvalue(every.numel() - kept + 1).values)
+    return {name: score >= threshold for name, score in scores.items()}
+
+
+def count(mask: Mask) -> int:
+    """How many weights may move."""
+    return sum(int(m.sum()) for m in mask.values())
+
+
+def mask_gradients(parameters: Mapping[str, nn.Parameter], mask: Mask) -> None:
+    """Zero the gradients of the weights that may not move."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            parameter.grad.mul_(mask[name])
+
+
+def restore_masked(parameters: Mapping[str, nn.Parameter], mask: Mask, start: Mapping[str, Tensor]) -> None:
+    """Put the masked-out weights back to `start`: momentum and weight decay move them although their gradient is 0."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.where(mask[name], parameter, start[name]))
+
+
+def save_mask(path: Path, mask: Mask, metadata: Mapping[str, str]) -> None:
+    """Write one bit a weight, with names, shapes and the given metadata, atomically."""
+    from safetensors.numpy import save_file
+
+    packed = {name: numpy.packbits(m.cpu().numpy().ravel()) for name, m in mask.items()}
+    shapes = {name: list(m.shape) for name, m in mask.items()}
+    with atomic_path(path) as temporary:
+        save_file(packed, temporary, metadata={**metadata, "shapes": json.dumps(shapes)})
+
+
+def load_mask(path: Path, expected: Mapping[str, nn.Parameter]) -> Mask:
+    """Read a mask and check that it is one for `expected`. Raises DataError when names or shapes differ."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        names = set(file.keys())
+        if names != set(expected) or any(shapes[n] != list(p.shape) for n, p in expected.items()):
+            raise DataError(f"{path}: made for other parameters than the {len(expected)} trained here; delete it and run again")
+        packed = {name: file.get_tensor(name) for name in expected}
+    return {
+        name: torch.from_numpy(numpy.unpackbits(packed[name], count=p.numel()).astype(bool)).view(p.shape).to(p.device)
+        for name, p in expected.items()
+    }
+
+
+def without_gradient(scores: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parameters whose saliency is 0 everywhere."""
+    return [name for name, score in scores.items() if not bool(score.any())]
+
+
+def _by_unit(score: Tensor, granularity: str) -> Tensor:
+    """Per weight as it is; per neuron, the sum over each row, spread over the row again."""
+    if granularity == "weight" or score.dim() < 2:
+        return score
+    return _spread(score.flatten(1).sum(dim=1), score.shape)
+
+
+def _spread(per_unit: Tensor, shape: torch.Size) -> Tensor:
+    return per_unit.view(-1, *[1] * (len(shape) - 1)).expand(shape) if per_unit.dim() < len(shape) else per_unit
+
+
+def _draw(pairs: Sequence[ImageQuestionPair], size: int, generator: torch.Generator) -> list[ImageQuestionPair]:
+    order: Iterable[int] = torch.randperm(len(pairs), generator=generator)[:size].tolist()
+    return [pairs[i] for i in order]

@@ -1,0 +1,165 @@
+"""The nouns of the framework: what the rooms hand to each other.
+
+Shape letters, here and everywhere: `B` samples, `L` text tokens, `R` feature rows (one row is one visual token of one
+photo at one layer), `D` channels, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["identity", "visible", "text"]
+"""`identity`: the answer needs to know who is shown. `visible`: anybody can see it. `text`: no photo at all."""
+
+Part = Literal["encoder", "projector", "language_model"]
+"""The three parts into which every adapter splits the parameters of its model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """One picture. `key` is its stable identity: features are cached and results are reported under it."""
+
+    key: str
+    source: Path | Image.Image
+
+    def open(self) -> Image.Image:
+        """The picture as RGB, turned upright (EXIF). Raises OSError when the file cannot be read."""
+        if isinstance(self.source, Image.Image):
+            return self.source
+        with Image.open(self.source) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageQuestionPair:
+    """One question with its answer, about a photo (`photo` is None for a text-only question).
+
+    `options` are the choices of the multiple-choice form, the answer among them; empty when there are none.
+    """
+
+    id: str
+    question: str
+    answer: str
+    photo: Photo | None = None
+    subject: str | None = None
+    kind: Kind = "identity"
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a data source yields, whatever it was read from.
+
+    `forget` and `retain` are trained on (unlearning, mask, attack). `columns` are measured; keys are the columns of
+    `metrics.json`. Photos and phrasings of `test_vqa` and `retain_vqa` occur neither in `forget` nor in `retain`.
+    `teach` makes a vanilla model that knows everybody, group by group (`teach.shares`); `teach_retain` is the same without the forgotten people;
+    `taught` asks the vanilla model about everybody, on unseen photos. Sources without a fictitious cast leave them empty.
+    """
+
+    forget: tuple[ImageQuestionPair, ...]
+    retain: tuple[ImageQuestionPair, ...]
+    columns: Mapping[str, tuple[ImageQuestionPair, ...]]
+    forget_subjects: tuple[str, ...]
+    subjects: tuple[str, ...]
+    teach: Mapping[str, tuple[ImageQuestionPair, ...]] = field(default_factory=dict)
+    teach_retain: Mapping[str, tuple[ImageQuestionPair, ...]] = field(default_factory=dict)
+    taught: tuple[ImageQuestionPair, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBatch:
+    """Pairs as the model takes them.
+
+    `inputs`: exactly what the processor returned, every key of it. `labels`: `[B, L]`, -100 on everything but the
+    answer's tokens and the stop token that ends them. `content`: `[B, L]` bool, the answer's tokens without the stop token.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    content: Tensor
+
+
+@dataclass(frozen=True)
+class VisionModules:
+    """Where an architecture keeps its parts: dotted paths of modules (or of bare parameters) in `named_modules`.
+
+    `projector` may lie inside `encoder` (a merger); the longest path wins. Parameters under none of the given paths
+    belong to the projector: whatever sits between the encoder and the language model.
+    """
+
+    encoder: str
+    language_model: tuple[str, ...]
+    projector: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DistillationLayer:
+    """A place where features can be read. `name` is canonical (`vision.7`, `projector`) and stable across versions.
+
+    `path` is the module whose output is read, `width` the channels of that output (None where it is not known before a
+    forward pass), `reaches_language_model` whether that output influences any answer.
+    """
+
+    name: str
+    path: str
+    width: int | None
+    parameters: int
+    reaches_language_model: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureRows:
+    """Which sample each feature row belongs to.
+
+    `sample`: `[R]` int64, the index in the batch. `real`: `[R]` bool, False for rows that show no part of the photo
+    (class tokens, padding); such rows enter no loss.
+    """
+
+    sample: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column's figures for one model, over `n` questions; `interval_95` is the 95 % interval of `exact_match`.
+
+    `choice_accuracy` is None when no question of the column has options.
+    """
+
+    exact_match: float
+    choice_accuracy: float | None
+    rouge_l: float
+    answer_probability: float
+    n: int
+    interval_95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class AttackCurve:
+    """One relearning attack: exact match on Test VQA after each number of steps (0 = before the attack)."""
+
+    model: str
+    scope: Literal["visual", "full"]
+    share: float
+    pairs: int
+    seed: int
+    steps: tuple[int, ...]
+    exact_match: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A question as two models answered it, for the report."""
+
+    column: str
+    pair: ImageQuestionPair
+    before: str
+    after: str = field(default="")

@@ -1,0 +1,103 @@
+"""Where a run's starting model comes from: a hub id or a folder as it is, or taught and kept in the user's cache.
+
+A taught model is cached under a hash of everything it depends on (people down to their pixels, the model's first
+weights, the teaching), so that a second run starts at once and a changed recipe never finds a stale model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from vkd_framework.checkpoint import atomic_folder
+from vkd_framework.plugins import MLLM, Adapter
+from vkd_framework.progress import say
+from vkd_framework.recipe import TINY, CelebsData, Recipe, digest
+from vkd_framework.teach import teach
+from vkd_framework.types import ImageQuestionPair, Splits
+
+CACHE_VARIABLE = "VKD_CACHE"
+LAYOUT = 1
+"""Raise when teaching changes in a way that no setting shows, so that older caches are not used."""
+
+
+def cache_folder() -> Path:
+    """The user's cache for taught models; `VKD_CACHE` moves it."""
+    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("vkd-framework"))
+
+
+def starting_model(adapter: Adapter, recipe: Recipe, splits: Splits, device: str, *, knows_forgotten: bool = True) -> str:
+    """The source to load: the recipe's own, or the folder of a model taught the cast.
+
+    Without `knows_forgotten`, the retain-only reference: taught the same way, but never on a photo of the forgotten.
+    """
+    if recipe.teach is None:
+        return recipe.model.source
+    groups = splits.teach if knows_forgotten else splits.teach_retain
+    pairs = _all(groups)
+    untaught = _untaught(adapter, recipe, splits, device)
+    key = digest(
+        [LAYOUT, adapter.name, transformers.__version__, recipe.teach.model_dump(), fingerprint(untaught.model.state_dict()), content_hash(pairs)]
+    )
+    folder = cache_folder() / "taught" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            what = "teach the vanilla model" if knows_forgotten else "teach the retain-only reference"
+            say(f"{what}: {recipe.teach.steps} steps on {len(pairs):,} pairs, once; then kept in {folder}")
+            teach(untaught, groups, recipe.teach, what=what, resume=Path(f"{folder}.partial.pt"))
+            with atomic_folder(folder) as temporary:
+                save(untaught, temporary)
+    return str(folder)
+
+
+def save(mllm: MLLM, folder: Path) -> None:
+    """What `AutoModelForImageTextToText` and `AutoProcessor` load."""
+    mllm.model.save_pretrained(folder)
+    mllm.processor.save_pretrained(folder)
+
+
+def fingerprint(tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> str:
+    """SHA-256 over names and bytes of tensors, in the order of their names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors if names is None else names):
+        sha.update(name.encode())
+        sha.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def content_hash(pairs: Sequence[ImageQuestionPair]) -> str:
+    """SHA-256 over what pairs say and show."""
+    sha = hashlib.sha256()
+    photos: dict[str, bytes] = {}
+    for pair in pairs:
+        sha.update(repr((pair.question, pair.answer, pair.kind, pair.photo and pair.photo.key)).encode())
+        if pair.photo and pair.photo.key not in photos:
+            photos[pair.photo.key] = pair.photo.open().tobytes()
+            sha.update(photos[pair.photo.key])
+    return sha.hexdigest()
+
+
+def _all(groups: Mapping[str, Sequence[ImageQuestionPair]]) -> list[ImageQuestionPair]:
+    return [pair for pairs in groups.values() for pair in pairs]
+
+
+def _untaught(adapter: Adapter, recipe: Recipe, splits: Splits, device: str) -> MLLM:
+    dtype = getattr(torch, recipe.model.dtype)
+    if recipe.model.source != TINY:
+        return adapter.load(recipe.model.source, dtype, device)
+    assert isinstance(recipe.data, CelebsData)
+    assert recipe.teach is not None
+    measured = _all(splits.columns)
+    texts = sorted({text for pair in (*_all(splits.teach), *measured) for text in (pair.question, pair.answer, *pair.options)})
+    tiny = adapter.tiny_model(texts, recipe.data.image_size, recipe.teach.seed)
+    tiny.model.to(device=device, dtype=dtype)
+    return tiny
