@@ -81,7 +81,9 @@ def test_more_people_and_photos_leave_the_others_as_they_were() -> None:
     assert many.subjects[:8] == few.subjects
 
     def first_photos(splits: Splits) -> dict[str, bytes]:
-        return {p.photo.key: p.photo.open().tobytes() for p in flat(splits.teach) if p.photo and p.subject in few.subjects}
+        return {
+            p.photo.key: p.photo.open().tobytes() for p in flat(splits.teach) if p.photo and p.subject in few.subjects
+        }
 
     before, after = first_photos(few), first_photos(many)
     assert before == {key: after[key] for key in before}
@@ -214,7 +216,9 @@ def test_the_retain_only_set_knows_no_forgotten_face(splits: Splits) -> None:
     shown = [pair for pair in flat(splits.teach_retain) if pair.photo and pair.subject in splits.forget_subjects]
     told = [pair for pair in flat(splits.teach_retain) if not pair.photo and pair.subject in splits.forget_subjects]
     names = [
-        pair for pair in flat(splits.teach_retain) if pair.photo and any(n in pair.answer for n in splits.forget_subjects)
+        pair
+        for pair in flat(splits.teach_retain)
+        if pair.photo and any(n in pair.answer for n in splits.forget_subjects)
     ]
     assert shown == [] and names == []
     assert len(told) == 2 * 4 * 4

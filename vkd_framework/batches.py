@@ -32,7 +32,11 @@ class MixedBatches:
     """Batches that draw a fixed share from each of several sets."""
 
     def __init__(self, sets: Mapping[str, Sequence[ImageQuestionPair]], sizes: Mapping[str, int], seed: int) -> None:
-        self._parts = [Batches(pairs, sizes[name], seed + i) for i, (name, pairs) in enumerate(sets.items()) if pairs and sizes[name]]
+        self._parts = [
+            Batches(pairs, sizes[name], seed + i)
+            for i, (name, pairs) in enumerate(sets.items())
+            if pairs and sizes[name]
+        ]
 
     def batch(self, step: int) -> list[ImageQuestionPair]:
         """The pairs of one step, set after set."""

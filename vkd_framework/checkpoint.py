@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @contextmanager
@@ -85,9 +86,15 @@ class Stages:
 
 
 def save_training(
-    path: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]
+    path: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, Any]],
 ) -> None:
     """Everything that decides how training goes on after `step` steps; batches and rates are functions of the step."""
+    import torch
+
     state = {
         "step": step,
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
@@ -102,6 +109,8 @@ def load_training(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict[str, Any]]]:
     """Put a saved state back; returns the steps done and the history. (0, []) when nothing was saved."""
+    import torch
+
     if not path.exists():
         return 0, []
     state = torch.load(path, weights_only=True)

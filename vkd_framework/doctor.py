@@ -31,7 +31,9 @@ def checks() -> list[Check]:
     """All checks, each on its own: one that fails does not hide the others."""
     makers: dict[str, Callable[[], Check]] = {
         "vkd": lambda: Check("vkd", f"{__version__} in {Path(__file__).parent}"),
-        "python": lambda: Check("python", f"{platform.python_version()} ({sys.executable})", sys.version_info >= (3, 11)),
+        "python": lambda: Check(
+            "python", f"{platform.python_version()} ({sys.executable})", sys.version_info >= (3, 11)
+        ),
         "torch": _torch,
         "torchvision": _torchvision,
         "transformers": _transformers,
@@ -39,7 +41,12 @@ def checks() -> list[Check]:
         "recipes": _recipes,
         "cache": _cache,
         "disk": lambda: Check("disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here"),
-        "hub": lambda: Check("hub", "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "used only for models named by a hub id"),
+        "hub": lambda: Check(
+            "hub",
+            "offline (HF_HUB_OFFLINE)"
+            if os.environ.get("HF_HUB_OFFLINE")
+            else "used only for models named by a hub id",
+        ),
     }
     results = []
     for what, make in makers.items():
@@ -94,7 +101,7 @@ def _recipes() -> Check:
 
 
 def _cache() -> Check:
-    from vkd_framework.vanilla import cache_folder
+    from vkd_framework.cache import cache_folder
 
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,9 @@ class Answered:
 
 
 @torch.inference_mode()
-def evaluate(mllm: MLLM, columns: Mapping[str, Sequence[ImageQuestionPair]], config: EvaluateConfig, *, what: str = "evaluate") -> dict[str, Answered]:
+def evaluate(
+    mllm: MLLM, columns: Mapping[str, Sequence[ImageQuestionPair]], config: EvaluateConfig, *, what: str = "evaluate"
+) -> dict[str, Answered]:
     """Column -> figures and answers. All columns share their batches, so that small ones cost little."""
     every = [pair for pairs in columns.values() for pair in pairs]
     answers = generate(mllm, every, config, what=f"{what}: answers")
@@ -48,7 +50,9 @@ def evaluate(mllm: MLLM, columns: Mapping[str, Sequence[ImageQuestionPair]], con
 def score(pairs: Sequence[ImageQuestionPair], answers: Sequence[str], losses: Sequence[Mapping[str, float]]) -> Cell:
     """The figures of one column. `losses`: for each pair, option -> mean cross-entropy of its tokens."""
     hits = sum(normalise(answer) == normalise(pair.answer) for pair, answer in zip(pairs, answers, strict=True))
-    choices = [min(loss, key=loss.__getitem__) == pair.answer for pair, loss in zip(pairs, losses, strict=True) if pair.options]
+    choices = [
+        min(loss, key=loss.__getitem__) == pair.answer for pair, loss in zip(pairs, losses, strict=True) if pair.options
+    ]
     n = len(pairs)
     return Cell(
         exact_match=hits / n,
@@ -86,7 +90,9 @@ def generate(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateCon
 
 
 @torch.inference_mode()
-def option_losses(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig, *, what: str) -> list[dict[str, float]]:
+def option_losses(
+    mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig, *, what: str
+) -> list[dict[str, float]]:
     """For each pair: option -> mean cross-entropy of the option's tokens; the right answer is always among them."""
     asked = [(i, option) for i, pair in enumerate(pairs) for option in dict.fromkeys((*pair.options, pair.answer))]
     losses: list[dict[str, float]] = [{} for _ in pairs]

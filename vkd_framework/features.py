@@ -1,4 +1,4 @@
-"""Intermediate visual features: read them with forward hooks, compute them without the language model, remember the teacher's.
+"""Intermediate visual features: read by forward hooks, computed without the language model, the teacher's remembered.
 
 Shapes: `R` feature rows of a layer over the whole batch, `D` channels, `B` samples.
 """
@@ -32,7 +32,9 @@ class FeatureTap:
             self._handles.append(module.register_forward_hook(self._keep(name)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -54,7 +56,7 @@ def vision_forward(mllm: MLLM, inputs: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PhotoFeatures:
-    """One layer's features of a batch: `rows` `[R, D]`, sample after sample, and the `sample` `[R]` each row belongs to."""
+    """One layer's features of a batch: `rows` `[R, D]`, sample after sample, and each row's `sample` `[R]`."""
 
     rows: Tensor
     sample: Tensor
@@ -78,7 +80,9 @@ class Teacher:
     Photos are fixed, so remembering their features replaces the frozen copy that would recompute them at every step.
     """
 
-    def __init__(self, mllm: MLLM, layers: Iterable[str], pairs: Iterable[ImageQuestionPair], *, batch_size: int = 64) -> None:
+    def __init__(
+        self, mllm: MLLM, layers: Iterable[str], pairs: Iterable[ImageQuestionPair], *, batch_size: int = 64
+    ) -> None:
         self.layers = tuple(mllm.layer(name) for name in layers)
         self._memory: dict[str, dict[str, Tensor]] = {}
         photos = list({pair.photo.key: pair for pair in pairs if pair.photo}.values()) if self.layers else []

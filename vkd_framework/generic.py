@@ -1,22 +1,24 @@
 """The default plugin: the answers that hold for every transformers model of the image-text-to-text kind.
 
 Module names are looked up, newest layout first; nothing here knows a family. Adapters reuse the functions with an
-argument changed, for example `locate_vision_modules(model, nested_projector=("merger",))`.
+argument changed, for example `locate_vision_modules(model, nested_projector=("merger",))`. torch is imported inside
+functions, so that listing adapters and presets does not wait for it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from typing import TYPE_CHECKING, Any
 
 from vkd_framework.errors import AdapterError, ModelError
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, VisionModules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, ProcessorMixin
 
 ENCODER_NAMES = ("vision_tower", "visual", "vision_model")
 LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
@@ -105,12 +107,14 @@ def tokenize_pairs(
     character, counted from the end so that the processor may expand image tokens in front of it. Labels stop at the
     first stop token.
     """
+    import torch
+
     texts, tails = [], []
     for pair in pairs:
         prompt = render(processor, pair.question, pair.photo is not None)
         text = render(processor, pair.question, pair.photo is not None, pair.answer) if with_answer else prompt
         texts.append(text)
-        tails.append(len(text) - len(os.path.commonprefix([prompt, text])))
+        tails.append(len(text) - _common_prefix(prompt, text))
     photos = [[pair.photo.open()] if pair.photo else [] for pair in pairs]
     bos = getattr(processor.tokenizer, "bos_token", None)
     encoded = processor(
@@ -132,12 +136,16 @@ def tokenize_pairs(
     return EncodedBatch(inputs, inputs["input_ids"].masked_fill(~answer, IGNORED), answer & ~stop)
 
 
-def feature_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int) -> FeatureRows:
+def feature_rows(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int
+) -> FeatureRows:
     """Rows come sample after sample, and each sample has as many as its share of the batch's image tokens.
 
     Holds wherever a layer's rows are proportional to the image tokens; a class token per picture keeps that true but
     has to be marked as not real by the adapter.
     """
+    import torch
+
     tokens = (inputs["input_ids"] == image_token_id(model)).sum(dim=1)
     total = int(tokens.sum())
     if total == 0 or rows * int(tokens.max()) % total:
@@ -174,6 +182,11 @@ def image_token_id(model: PreTrainedModel) -> int:
     return found
 
 
+def _common_prefix(a: str, b: str) -> int:
+    """How many characters two texts share at their beginnings."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _first_present(model: nn.Module, paths: Iterable[str]) -> str | None:
     return next((path for path in paths if _has(model, path)), None)
 
@@ -191,6 +204,8 @@ def _first_attribute(config: Any, names: Sequence[str]) -> int | None:
 
 
 def _block_list(encoder: nn.Module, depth: int | None) -> tuple[str, nn.ModuleList]:
+    from torch import nn
+
     lists = [
         (name, module)
         for name, module in encoder.named_modules()
@@ -229,7 +244,9 @@ class GenericPlugin:
     """The functions above under their hook names, registered before the adapter so that the adapter's answer wins."""
 
     vkd_load_model = staticmethod(hookimpl(specname="vkd_load_model")(load_model))
-    vkd_list_distillation_layers = staticmethod(hookimpl(specname="vkd_list_distillation_layers")(list_distillation_layers))
+    vkd_list_distillation_layers = staticmethod(
+        hookimpl(specname="vkd_list_distillation_layers")(list_distillation_layers)
+    )
     vkd_tokenize_pairs = staticmethod(hookimpl(specname="vkd_tokenize_pairs")(tokenize_pairs))
     vkd_feature_rows = staticmethod(hookimpl(specname="vkd_feature_rows")(feature_rows))
     vkd_stop_token_ids = staticmethod(hookimpl(specname="vkd_stop_token_ids")(stop_token_ids))

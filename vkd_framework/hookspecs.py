@@ -57,7 +57,11 @@ def vkd_list_distillation_layers(model: PreTrainedModel, modules: VisionModules)
 
 @hookspec(firstresult=True)
 def vkd_tokenize_pairs(  # type: ignore[empty-body]
-    processor: ProcessorMixin, pairs: Sequence[ImageQuestionPair], stop_ids: Sequence[int], with_answer: bool, padding_side: str
+    processor: ProcessorMixin,
+    pairs: Sequence[ImageQuestionPair],
+    stop_ids: Sequence[int],
+    with_answer: bool,
+    padding_side: str,
 ) -> EncodedBatch:
     """Encode pairs with the family's own chat template and processor.
 

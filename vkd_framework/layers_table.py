@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from vkd_framework.cache import cache_folder
+from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.errors import AdapterError, ModelError
 from vkd_framework.plugins import Adapter, Anatomy, adapter_for_model_type, installed_adapters, load_adapter
-from vkd_framework.recipe import TINY, Recipe, nearest
+from vkd_framework.recipe import TINY, Recipe, digest, nearest
 from vkd_framework.types import Part
 
-PART_TITLES: dict[Part, str] = {"encoder": "vision encoder", "projector": "projector", "language_model": "language model"}
+PART_TITLES: dict[Part, str] = {
+    "encoder": "vision encoder",
+    "projector": "projector",
+    "language_model": "language model",
+}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -31,6 +36,7 @@ def describe(source: str, adapter: Adapter | None = None) -> Anatomy:
             names = " or ".join(f"tiny:{installed.name}" for installed in installed_adapters())
             raise ModelError(f"tiny: say which adapter's tiny model is meant: {names}")
         return describe(f"{TINY}:{adapter.name}")
+    import torch
     from transformers import AutoModelForImageTextToText
 
     config = _config(source, adapter)
@@ -43,21 +49,33 @@ def describe(source: str, adapter: Adapter | None = None) -> Anatomy:
     return adapter.anatomy(model)
 
 
+def inspect(source: str) -> dict[str, Any]:
+    """What `inspect-layers` shows. Kept under a hash of the config, because importing torch takes seconds."""
+    config = _config_file(source, None)
+    if config is None:
+        return rows(describe(source))
+    versions = [importlib.metadata.version(name) for name in ("vkd-framework", "transformers", "torch")]
+    adapters = [(a.name, a.distribution, a.version) for a in installed_adapters()]
+    kept = cache_folder() / "layers" / f"{digest([config, versions, adapters])}.json"
+    if not kept.exists():
+        write_json(kept, rows(describe(source)))
+    found: dict[str, Any] = read_json(kept)
+    return found
+
+
 def _config(source: str, adapter: Adapter | None) -> Any:
+    """The transformers config of a preset, a local folder or file, or a hub id."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    preset = _preset(source, adapter)
-    path = Path(source)
-    if preset is None and path.suffix == ".json" and path.is_file():
-        try:
-            preset = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{source}: not valid JSON: {error}") from error
-    if preset is not None:
-        model_type = preset.get("model_type")
+    contents = _config_file(source, adapter)
+    if contents is not None:
+        model_type = contents.get("model_type")
         if model_type not in CONFIG_MAPPING:
-            raise ModelError(f"{source}: transformers knows no model_type {model_type!r}{nearest(str(model_type), list(CONFIG_MAPPING))}")
-        return CONFIG_MAPPING[model_type].from_dict(dict(preset))
+            raise ModelError(
+                f"{source}: transformers knows no model_type {model_type!r}"
+                f"{nearest(str(model_type), list(CONFIG_MAPPING))}"
+            )
+        return CONFIG_MAPPING[model_type].from_dict(dict(contents))
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -66,6 +84,21 @@ def _config(source: str, adapter: Adapter | None) -> Any:
             f"{source}: no preset, no local folder with a config.json, and not to be had from the hub"
             f"{nearest(source, known)}; presets: {', '.join(known)}"
         ) from error
+
+
+def _config_file(source: str, adapter: Adapter | None) -> Mapping[str, Any] | None:
+    """The contents of a config.json, from a preset or from disk; None for what only the hub can know."""
+    preset = _preset(source, adapter)
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    if preset is not None or not path.is_file():
+        return preset
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ModelError(f"{path}: a model's config is a JSON object, this is a {type(contents).__name__}")
+    return contents
 
 
 def all_presets() -> dict[str, Mapping[str, Any]]:
@@ -85,11 +118,13 @@ def _preset(source: str, adapter: Adapter | None) -> Mapping[str, Any] | None:
         return None
     presets = adapter.presets if adapter else all_presets()
     wanted = source.lower()
-    return next((config for name, config in presets.items() if wanted in (name.lower(), name.lower().rpartition("/")[2])), None)
+    return next(
+        (config for name, config in presets.items() if wanted in (name.lower(), name.lower().rpartition("/")[2])), None
+    )
 
 
 def rows(anatomy: Anatomy) -> dict[str, Any]:
-    """Everything `inspect-layers` shows, as plain data: parts with their counts, layers in order."""
+    """Parts with their counts and layers in order, as plain data."""
     total = anatomy.count(PART_TITLES)
     return {
         "model": type(anatomy.model).__name__,
@@ -97,7 +132,12 @@ def rows(anatomy: Anatomy) -> dict[str, Any]:
         "adapter": anatomy.adapter.name,
         "total_parameters": total,
         "parts": [
-            {"part": part, "parameters": anatomy.count([part]), "share": anatomy.count([part]) / total, "modules": list(modules)}
+            {
+                "part": part,
+                "parameters": anatomy.count([part]),
+                "share": anatomy.count([part]) / total,
+                "modules": list(modules),
+            }
             for part, modules in _part_modules(anatomy).items()
         ],
         "layers": [
@@ -113,48 +153,68 @@ def rows(anatomy: Anatomy) -> dict[str, Any]:
     }
 
 
-def table(anatomy: Anatomy) -> str:
+def table(data: Mapping[str, Any]) -> str:
     """The same as text."""
-    data = rows(anatomy)
     tuned = sum(part["share"] for part in data["parts"] if part["part"] != "language_model")
-    lines = [f"{data['model']} ({data['model_type']}), adapter {data['adapter']}, {data['total_parameters']:,} parameters", ""]
+    lines = [
+        f"{data['model']} ({data['model_type']}), adapter {data['adapter']}, {data['total_parameters']:,} parameters",
+        "",
+    ]
     for part in data["parts"]:
         tune = "frozen" if part["part"] == "language_model" else "tuned by default"
         where = ", ".join(part["modules"]) or "whatever lies between the two"
-        lines.append(f"{PART_TITLES[part['part']]:<16}{part['parameters']:>16,}{part['share']:>9.2%}  {tune:<17} {where}")
-    lines += [f"{'tuned in all':<16}{'':>16}{tuned:>9.2%}", "", f"{'layer':<12}{'width':>7}{'parameters':>16}  {'reaches the language model':<27} module"]
+        lines.append(
+            f"{PART_TITLES[part['part']]:<16}{part['parameters']:>16,}{part['share']:>9.2%}  {tune:<17} {where}"
+        )
+    lines += [
+        f"{'tuned in all':<16}{'':>16}{tuned:>9.2%}",
+        "",
+        f"{'layer':<12}{'width':>7}{'parameters':>16}  {'reaches the language model':<27} module",
+    ]
     for layer in data["layers"]:
         reaches = "yes" if layer["reaches_language_model"] else "no: do not distil here"
-        lines.append(f"{layer['name']:<12}{layer['width'] or '?':>7}{layer['parameters']:>16,}  {reaches:<27} {layer['path']}")
+        lines.append(
+            f"{layer['name']:<12}{layer['width'] or '?':>7}{layer['parameters']:>16,}  {reaches:<27} {layer['path']}"
+        )
     return "\n".join(lines)
 
 
 def plan(recipe: Recipe, anatomy: Anatomy) -> str:
     """What a run of `recipe` would train and roughly what memory it needs."""
     total, trained = anatomy.count(PART_TITLES), anatomy.count(recipe.train)
-    size = BYTES[recipe.model.dtype]
-    weights, training = total * size, trained * size * 3
-    start = trained * size if recipe.mask.kind != "none" else 0
-    lines = [
-        f"model            {type(anatomy.model).__name__}, {total:,} parameters, adapter {anatomy.adapter.name}",
-        f"trains           {' and '.join(PART_TITLES[part] for part in recipe.train)}: {trained:,} parameters ({trained / total:.2%})",
-        f"frozen           {total - trained:,} parameters, the language model among them",
-        f"distils          {', '.join(recipe.layers)}",
-        f"mask             {_mask_line(recipe, trained)}",
-        f"steps            {recipe.unlearn.steps}, each with {recipe.unlearn.forget_batch} forget and {recipe.unlearn.retain_batch} retain pairs",
-        f"memory at least  {(weights + training + start) / 2**30:.2f} GiB: weights {weights / 2**30:.2f}, gradients and optimiser state "
-        f"{training / 2**30:.2f}, starting weights under a mask {start / 2**30:.2f}; activations and teacher features come on top",
-    ]
+    size, steps = BYTES[recipe.model.dtype], recipe.unlearn
+    gradients_and_adam = 3 * trained
+    before_mask = trained if recipe.mask.kind != "none" else 0
+    facts = {
+        "model": f"{type(anatomy.model).__name__}, {total:,} parameters, adapter {anatomy.adapter.name}",
+        "trains": f"{' and '.join(PART_TITLES[part] for part in recipe.train)}: {trained:,} parameters "
+        f"({trained / total:.2%})",
+        "frozen": f"{total - trained:,} parameters, the language model among them",
+        "distils": ", ".join(recipe.layers),
+        "mask": _mask_line(recipe, trained),
+        "steps": f"{steps.steps}, each with {steps.forget_batch} forget and {steps.retain_batch} retain pairs",
+        "memory": f"{_size((total + gradients_and_adam + before_mask) * size)} and activations: weights "
+        f"{_size(total * size)}, gradients and optimiser {_size(gradients_and_adam * size)}, weights before masking "
+        f"{_size(before_mask * size)}",
+    }
     if "full" in recipe.relearn.scopes:
-        lines.append(f"attack           a copy with all weights trained: {total * size * 4 / 2**30:.2f} GiB and activations (scope full)")
-    return "\n".join(lines)
+        facts["attack"] = f"{_size(4 * total * size)} and activations for a copy with every weight trained (scope full)"
+    return "\n".join(f"{name:<9}{fact}" for name, fact in facts.items())
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.1f} MiB"
 
 
 def _mask_line(recipe: Recipe, trained: int) -> str:
     mask = recipe.mask
     if mask.kind == "none":
         return "none"
-    amount = f"density {mask.density:g}, about {mask.density * trained:,.0f} weights" if mask.density else f"threshold {mask.threshold:g}"
+    amount = (
+        f"density {mask.density:g}, about {mask.density * trained:,.0f} weights"
+        if mask.density
+        else f"threshold {mask.threshold:g}"
+    )
     return f"{mask.kind} by {mask.granularity}, {amount}, scope {mask.scope}"
 
 

@@ -30,7 +30,9 @@ def answer_cross_entropy(logits: Tensor, input_ids: Tensor, answer: Tensor) -> T
     Only the logits that predict an answer token are looked at.
     """
     sample, position = answer.nonzero(as_tuple=True)
-    token_loss = functional.cross_entropy(logits[sample, position - 1].float(), input_ids[sample, position], reduction="none")
+    token_loss = functional.cross_entropy(
+        logits[sample, position - 1].float(), input_ids[sample, position], reduction="none"
+    )
     total = torch.zeros(len(answer), dtype=token_loss.dtype, device=token_loss.device).index_add(0, sample, token_loss)
     return total / answer.sum(dim=1)
 

@@ -11,12 +11,9 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
 
 from vkd_framework import hookspecs
 from vkd_framework.errors import AdapterError, ModelError, RecipeError
@@ -24,6 +21,11 @@ from vkd_framework.generic import GenericPlugin
 from vkd_framework.hookspecs import PROJECT
 from vkd_framework.recipe import nearest
 from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, Part, VisionModules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, ProcessorMixin
 
 T = TypeVar("T")
 
@@ -40,26 +42,26 @@ class Installed:
 
 def installed_adapters() -> list[Installed]:
     """All registered adapters, by name. Raises AdapterError when two distributions claim one name."""
-    found = sorted(
-        Installed(entry.name, entry.value, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else "?")
-        for entry in importlib.metadata.entry_points(group=PROJECT)
-    )
-    for first, second in zip(found, found[1:], strict=False):
-        if first.name == second.name and first.distribution != second.distribution:
+    found: dict[str, Installed] = {}
+    for entry in sorted(importlib.metadata.entry_points(group=PROJECT), key=lambda entry: entry.name):
+        distribution, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
+        other = found.setdefault(entry.name, Installed(entry.name, entry.value, distribution, version)).distribution
+        if other != distribution:
             raise AdapterError(
-                f"adapter {first.name!r} is registered by both {first.distribution} and {second.distribution}; uninstall one"
+                f"adapter {entry.name!r} is registered by both {other} and {distribution}; uninstall one of them"
             )
-    return list({adapter.name: adapter for adapter in found}.values())
+    return list(found.values())
 
 
 def load_adapter(name: str) -> Adapter:
-    """The facade of one adapter. Raises AdapterError when it is unknown, does not import, or breaks a hook's contract."""
+    """The facade of one adapter. Raises AdapterError when it is unknown, does not import, or is no valid plugin."""
     known = {adapter.name: adapter for adapter in installed_adapters()}
     if name not in known:
         raise AdapterError(
-            f"adapter {name!r} is not installed{nearest(name, known)}; installed: {', '.join(known) or 'none'} (see `vkd adapters`)"
+            f"adapter {name!r} is not installed{nearest(name, known)}; "
+            f"installed: {', '.join(known) or 'none'} (see `vkd adapters`)"
         )
-    (entry,) = [e for e in importlib.metadata.entry_points(group=PROJECT, name=name)][:1]
+    entry = next(iter(importlib.metadata.entry_points(group=PROJECT, name=name)))
     try:
         plugin = entry.load()
     except Exception as error:
@@ -72,7 +74,8 @@ def load_adapter(name: str) -> Adapter:
 
 def adapter_for_model_type(model_type: str) -> Adapter:
     """The adapter that serves a `config.model_type`; adapters that do not import are passed over unless none fits."""
-    broken, served = [], []
+    broken: list[str] = []
+    served: list[str] = []
     for installed in installed_adapters():
         try:
             adapter = load_adapter(installed.name)
@@ -100,7 +103,9 @@ class Adapter:
             self._manager.register(plugin, name=name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise AdapterError(f"adapter {name!r}: {' '.join(str(error).split())}{self._nearest_hook(plugin)}") from error
+            raise AdapterError(
+                f"adapter {name!r}: {' '.join(str(error).split())}{self._nearest_hook(plugin)}"
+            ) from error
         own = self._manager.get_hookcallers(plugin) or []
         if "vkd_model_types" not in {caller.name for caller in own}:
             raise AdapterError(f"adapter {name!r}: the required hook vkd_model_types is missing")
@@ -108,7 +113,10 @@ class Adapter:
         for caller in own:
             for implementation in caller.get_hookimpls():
                 if implementation.plugin is plugin and implementation.kwargnames:
-                    raise self._offence(caller.name, "gives its parameters default values, which pluggy would use instead of the caller's")
+                    raise self._offence(
+                        caller.name,
+                        "gives its parameters default values, which pluggy would use instead of the caller's",
+                    )
 
     @cached_property
     def model_types(self) -> tuple[str, ...]:
@@ -126,7 +134,7 @@ class Adapter:
             raise self._offence("vkd_model_presets", f"must return a mapping, returned {type(presets).__name__}")
         return {name: dict(config) for name, config in presets.items()}
 
-    def load(self, source: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MLLM:
+    def load(self, source: str, dtype: torch.dtype, device: str) -> MLLM:
         """Load a model and bind it. Raises ModelError when it is not of this adapter's family."""
         return self.bind(*self._pair("vkd_load_model", source=source, dtype=dtype, device=device))
 
@@ -143,8 +151,8 @@ class Adapter:
         """The parts and layers of a model, which may be on the meta device."""
         if model.config.model_type not in self.model_types:
             raise ModelError(
-                f"the model is of type {model.config.model_type!r}, adapter {self.name!r} serves {', '.join(self.model_types)}; "
-                "name another adapter in the recipe (see `vkd adapters`)"
+                f"the model is of type {model.config.model_type!r}, adapter {self.name!r} serves "
+                f"{', '.join(self.model_types)}; name another adapter in the recipe (see `vkd adapters`)"
             )
         modules = self.locate_vision_modules(model)
         return Anatomy(self, model, modules, self.list_distillation_layers(model, modules))
@@ -156,10 +164,12 @@ class Adapter:
         known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         for path in (modules.encoder, *modules.language_model, *modules.projector):
             if path not in known:
-                raise self._offence(hook, f"names {path!r}, which {type(model).__name__} does not have{nearest(path, sorted(known))}")
+                raise self._offence(
+                    hook, f"names {path!r}, which {type(model).__name__} does not have{nearest(path, sorted(known))}"
+                )
         parts = partition(model, modules)
-        for part in ("encoder", "language_model", "projector"):
-            if not parts[part]:
+        for part, names in parts.items():
+            if not names:
                 raise self._offence(hook, f"leaves the {part.replace('_', ' ')} without any parameter")
         return modules
 
@@ -186,12 +196,23 @@ class Adapter:
         return tuple(ids)
 
     def tokenize_pairs(
-        self, processor: ProcessorMixin, pairs: Sequence[ImageQuestionPair], stop_ids: Sequence[int], with_answer: bool, padding_side: str
+        self,
+        processor: ProcessorMixin,
+        pairs: Sequence[ImageQuestionPair],
+        stop_ids: Sequence[int],
+        with_answer: bool,
+        padding_side: str,
     ) -> EncodedBatch:
         """Encode pairs; labels are checked to cover something in every row when an answer was asked for."""
         hook = "vkd_tokenize_pairs"
         batch = self._expect(
-            hook, EncodedBatch, processor=processor, pairs=pairs, stop_ids=stop_ids, with_answer=with_answer, padding_side=padding_side
+            hook,
+            EncodedBatch,
+            processor=processor,
+            pairs=pairs,
+            stop_ids=stop_ids,
+            with_answer=with_answer,
+            padding_side=padding_side,
         )
         ids = batch.inputs["input_ids"]
         if batch.labels.shape != ids.shape or batch.content.shape != ids.shape or len(ids) != len(pairs):
@@ -205,7 +226,9 @@ class Adapter:
             raise self._offence(hook, f"found no answer token for {pairs[row].id!r} (answer {pairs[row].answer!r})")
         return batch
 
-    def feature_rows(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int) -> FeatureRows:
+    def feature_rows(
+        self, model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int
+    ) -> FeatureRows:
         """Which sample each feature row belongs to; the shapes are checked."""
         hook = "vkd_feature_rows"
         assigned = self._expect(hook, FeatureRows, model=model, inputs=inputs, layer=layer, rows=rows)
@@ -236,7 +259,7 @@ class Adapter:
 
     def _pair(self, hook: str, **arguments: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
         answer = self._ask(hook, **arguments)
-        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], nn.Module)):
+        if not (isinstance(answer, tuple) and len(answer) == 2 and hasattr(answer[0], "named_parameters")):
             raise self._offence(hook, f"must return (model, processor), returned {type(answer).__name__}")
         return answer
 
@@ -257,8 +280,8 @@ def partition(model: nn.Module, modules: VisionModules) -> dict[Part, tuple[str,
     owners.sort(key=lambda owner: len(owner[0]), reverse=True)
     parts: dict[Part, list[str]] = {"encoder": [], "projector": [], "language_model": []}
     for name, _ in model.named_parameters():
-        part = next((part for path, part in owners if name == path or name.startswith(f"{path}.")), "projector")
-        parts[part].append(name)
+        owner = [part for path, part in owners if name == path or name.startswith(f"{path}.")][:1]
+        parts[owner[0] if owner else "projector"].append(name)
     return {part: tuple(names) for part, names in parts.items()}
 
 
@@ -286,11 +309,12 @@ class Anatomy:
         return sum(parameter.numel() for parameter in self.parameters(parts).values())
 
     def layer(self, name: str, where: str = "layers") -> DistillationLayer:
-        """The distillation layer of that name. Raises RecipeError naming the place and the nearest name when there is none."""
+        """The distillation layer of that name. Raises RecipeError naming place and nearest when there is none."""
         by_name = {layer.name: layer for layer in self.layers}
         if name not in by_name:
             raise RecipeError(
-                f"{where}: {name!r} is no layer of this model{nearest(name, by_name)}; it has {', '.join(_ranges(by_name))} (see `vkd inspect-layers`)"
+                f"{where}: {name!r} is no layer of this model{nearest(name, by_name)}; "
+                f"it has {', '.join(_ranges(by_name))} (see `vkd inspect-layers`)"
             )
         return by_name[name]
 
@@ -309,22 +333,25 @@ class MLLM(Anatomy):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
-    def tokenize(self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right") -> EncodedBatch:
+    def tokenize(
+        self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right"
+    ) -> EncodedBatch:
         """Encode pairs and move them to the model's device."""
         batch = self.adapter.tokenize_pairs(self.processor, pairs, self.stop_ids, with_answer, padding_side)
         inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
         return EncodedBatch(inputs, batch.labels.to(self.device), batch.content.to(self.device))
 
     def check_prompt_is_prefix(self, pair: ImageQuestionPair) -> None:
-        """Raise ModelError when the prompt's tokens do not begin the full text's: training would not match generation."""
+        """Raise ModelError when a full text does not begin with its prompt's tokens."""
         prompt = self.tokenize([pair], with_answer=False).inputs["input_ids"][0].tolist()
         full = self.tokenize([pair]).inputs["input_ids"][0].tolist()
         if full[: len(prompt)] != prompt:
             raise ModelError(
-                "the chat template's prompt is tokenized differently when an answer follows (often a blank at its end); "
-                "what is trained would not be what is generated. Mend the template or override vkd_tokenize_pairs"
+                "the chat template's prompt is tokenized differently when an answer follows (often for a blank at its "
+                "end); what is trained would not be what is generated. Mend the template or override vkd_tokenize_pairs"
             )
 
     def copy(self, share: Sequence[Part] = ()) -> MLLM:
@@ -349,4 +376,3 @@ def trainable(mllm: MLLM, parts: Iterable[Part]) -> Mapping[str, nn.Parameter]:
     for parameter in chosen.values():
         parameter.requires_grad_(True)
     return chosen
-

@@ -57,7 +57,8 @@ def compare(vanilla: Witness, unlearned: Witness, reloaded: Witness, *, masked: 
         "text_only_max_logit_difference": float((vanilla.text_logits - reloaded.text_logits).abs().max()),
         "frozen_parameters_identical": vanilla.frozen == reloaded.frozen,
         "masked_parameters_identical": vanilla.masked == reloaded.masked if masked else None,
-        "reload_identical": unlearned.everything == reloaded.everything and torch.equal(unlearned.photo_logits, reloaded.photo_logits),
+        "reload_identical": unlearned.everything == reloaded.everything
+        and torch.equal(unlearned.photo_logits, reloaded.photo_logits),
     }
 
 

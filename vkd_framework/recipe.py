@@ -48,7 +48,9 @@ class CelebsData(Section):
     train_photos: int = Field(default=24, ge=2, description="photos of each person that training may see")
     test_photos: int = Field(default=8, ge=1, description="photos of each person that only the evaluation sees")
     strangers: int = Field(default=24, ge=4, description="people nobody was taught, for realworld_vqa")
-    extras: int = Field(default=192, ge=0, description="nameless people for visible questions in teaching and retaining")
+    extras: int = Field(
+        default=192, ge=0, description="nameless people for visible questions in teaching and retaining"
+    )
     image_size: int = Field(default=48, ge=32, le=512)
     test_pairs: int = Field(default=160, ge=20, description="most questions in a measured column")
 
@@ -60,7 +62,9 @@ class JsonlData(Section):
     rows: Path
     images: Path | None = Field(default=None, description="folder of the image paths; default: the folder of `rows`")
     forget: tuple[str, ...] | Path = Field(description="names, or a text file with one name a line")
-    test_share: float = Field(default=0.25, gt=0, lt=1, description="share of each subject's photos held out, where rows name no split")
+    test_share: float = Field(
+        default=0.25, gt=0, lt=1, description="share of each subject's photos held out, where rows name no split"
+    )
     seed: int = 0
 
 
@@ -153,11 +157,15 @@ class UnlearnConfig(Section):
     learning_rate: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: int = Field(default=10, ge=0, description="steps of linear warm-up")
-    cosine_share: float = Field(default=0.4, ge=0, le=1, description="last share of the steps, over which the rate falls to 0")
+    cosine_share: float = Field(
+        default=0.4, ge=0, le=1, description="last share of the steps, over which the rate falls to 0"
+    )
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     forget_batch: int = Field(default=16, ge=1)
     retain_batch: int = Field(default=32, ge=1)
-    phases: tuple[Phase, ...] = Field((Phase(share=0.5, forget=0.3), Phase(share=0.5, forget=0.1)), min_length=1)
+    phases: tuple[Phase, ...] = Field(
+        default=(Phase(share=0.5, forget=0.3), Phase(share=0.5, forget=0.1)), min_length=1
+    )
     checkpoint_every: int = Field(default=100, ge=1, description="steps between resumable checkpoints")
 
     @model_validator(mode="after")
@@ -179,7 +187,9 @@ class RelearnConfig(Section):
     """The attack on the result: fine-tune a copy on some of the forgotten pairs and ask again."""
 
     shares: tuple[Share, ...] = Field(default=(0.05, 1.0), description="shares of the forget pairs the attacker has")
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 30, 60), description="steps after which Test VQA is scored")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(10, 30, 60), description="steps after which Test VQA is scored"
+    )
     scopes: tuple[Literal["visual", "full"], ...] = ("visual", "full")
     seeds: tuple[int, ...] = (0,)
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -222,7 +232,9 @@ class Recipe(Section):
             raise ValueError("reference: retain_only needs a `teach` section to teach it with")
         terms = self.losses
         if terms.forget_output.weight == 0 and terms.repel.weight == 0:
-            raise ValueError("nothing would be forgotten: losses.forget_output.weight and losses.repel.weight are both 0")
+            raise ValueError(
+                "nothing would be forgotten: losses.forget_output.weight and losses.repel.weight are both 0"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -258,7 +270,8 @@ def find_recipe(reference: str) -> Path:
     if path.stem in bundled and path.suffix in ("", ".yaml", ".yml"):
         return bundled[path.stem]
     raise RecipeError(
-        f"{reference}: no such recipe file{nearest(path.stem, bundled)}; `vkd recipes list` shows the ones that come with vkd"
+        f"{reference}: no such recipe file{nearest(path.stem, bundled)}; "
+        "`vkd recipes list` shows the ones that come with vkd"
     )
 
 
@@ -304,7 +317,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not valid YAML; quote it, or write a list as [a, b]") from None
+        raise RecipeError(
+            f"--set {override}: the value is not valid YAML; quote it, or write a list as [a, b]"
+        ) from None
     *parents, last = key.strip().split(".")
     place: Any = raw
     for name in parents:
@@ -342,7 +357,11 @@ def _one_line(error: ValidationError, raw: Mapping[str, Any]) -> str:
         message = f"{place}: kind is missing; it is 'celebs' or 'jsonl'"
     else:
         given = first.get("input")
-        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool | list | tuple) or given is None else ""
+        shown = (
+            f" (given: {given!r})"
+            if isinstance(given, str | int | float | bool | list | tuple) or given is None
+            else ""
+        )
         text = first["msg"].removeprefix("Value error, ")
         message = f"{place}: {text[0].lower()}{text[1:]}{shown}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -354,7 +373,7 @@ def _allowed_keys(location: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
     section: type[BaseModel] = Recipe
     if location and location[0] == "data":
         kind = raw.get("data", {}).get("kind")
-        return list({"celebs": CelebsData, "jsonl": JsonlData}.get(kind, CelebsData).model_fields)
+        return list((JsonlData if kind == "jsonl" else CelebsData).model_fields)
     for name in location:
         if name.isdigit():
             continue

@@ -40,17 +40,22 @@ def attack(
 ) -> list[AttackCurve]:
     """One curve for each share, scope and seed. `before`: exact match of `test` without attack.
 
-    `stage(key, work)` gives `work` the attacked model or returns an earlier result: a killed run loses at most one curve.
+    `stage(key, work)` gives `work` the attacked model, or returns an earlier result: a killed run loses one curve.
     """
     curves = []
     for scope, share, seed in product(config.scopes, config.shares, config.seeds):
-
         known = attacker_pairs(forget, share, seed)
 
         def work(
-            mllm: MLLM, scope: str = scope, share: float = share, seed: int = seed, known: Sequence[ImageQuestionPair] = known
+            mllm: MLLM,
+            scope: str = scope,
+            share: float = share,
+            seed: int = seed,
+            known: Sequence[ImageQuestionPair] = known,
         ) -> list[float]:
-            return relearn(mllm, scope, known, test, config, evaluation, seed=seed, what=f"attack {name}, {scope}, {share:.0%}")
+            return relearn(
+                mllm, scope, known, test, config, evaluation, seed=seed, what=f"attack {name}, {scope}, {share:.0%}"
+            )
 
         scores = stage(f"relearn-{name}-{scope}-{share:g}-{seed}", work)
         curves.append(AttackCurve(name, scope, share, len(known), seed, (0, *config.steps), (before, *scores)))
@@ -80,7 +85,7 @@ def relearn(
         logits = copied.model(**batch.inputs).logits
         loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
         if step + 1 in config.steps:

@@ -28,7 +28,7 @@ from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_jso
 from vkd_framework.errors import ProofError, RecipeError
 from vkd_framework.evaluate import evaluate
 from vkd_framework.layers_table import describe, plan
-from vkd_framework.plugins import MLLM, Adapter, Anatomy, load_adapter
+from vkd_framework.plugins import MLLM, Adapter, Anatomy, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import Recipe, find_recipe, load_recipe
 from vkd_framework.types import AttackCurve, ImageQuestionPair, Part, Sample, Splits
@@ -49,8 +49,10 @@ def dry_run(reference: str, overrides: tuple[str, ...]) -> str:
     return f"{recipe.to_yaml()}\n{plan(recipe, anatomy)}"
 
 
-def run(reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, resume: bool = False) -> tuple[dict[str, Any], Path]:
-    """Do the whole run; returns its metrics and its folder. Nothing is written before recipe, adapter, model and data are checked."""
+def run(
+    reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, resume: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """Do the whole run; returns its metrics and its folder. Nothing is written before everything is checked."""
     recipe = load_recipe(reference, overrides)
     adapter = load_adapter(recipe.adapter)
     _check_model(recipe, adapter)
@@ -58,18 +60,26 @@ def run(reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = N
     folder = _run_folder(recipe, out, resume)
     folder.mkdir(parents=True, exist_ok=True)
     with log_to(folder / "log.txt"):
-        say(f"{recipe.name}: {len(splits.forget_subjects)} of {len(splits.subjects)} people are to be forgotten; results in {folder}")
+        people = f"{len(splits.forget_subjects)} of {len(splits.subjects)} people are to be forgotten"
+        say(f"{recipe.name}: {people}; results in {folder}")
         return Run(recipe, adapter, splits, folder, find_recipe(reference).read_text(encoding="utf-8")).all(), folder
 
 
 def _check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
     anatomy = describe(recipe.model.source, adapter)
     terms = recipe.losses
-    for where, names in (("layers", recipe.layers), ("losses.attract.layers", terms.attract.layers), ("losses.repel.layers", terms.repel.layers)):
+    for where, names in (
+        ("layers", recipe.layers),
+        ("losses.attract.layers", terms.attract.layers),
+        ("losses.repel.layers", terms.repel.layers),
+    ):
         for name in names or ():
             layer = anatomy.layer(name, where)
             if not layer.reaches_language_model:
-                raise RecipeError(f"{where}: {name} does not reach the language model, distilling it changes no answer; see `vkd inspect-layers`")
+                raise RecipeError(
+                    f"{where}: {name} does not reach the language model, distilling it changes no answer; "
+                    "see `vkd inspect-layers`"
+                )
     if recipe.model.device.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"model.device: {recipe.model.device} was asked for, but torch sees no GPU; use auto or cpu")
     return anatomy
@@ -84,13 +94,19 @@ def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
         return folder
     candidates = [out] if out else sorted(Path("runs").glob(f"{recipe.name}-*"), reverse=True)
     for folder in candidates:
-        if (folder / "recipe.yaml").is_file() and Recipe.model_validate(_yaml(folder / "recipe.yaml")).digest() == recipe.digest():
+        if (folder / "recipe.yaml").is_file() and Recipe.model_validate(
+            _yaml(folder / "recipe.yaml")
+        ).digest() == recipe.digest():
             return folder
     if out and out.exists() and any(out.iterdir()):
-        raise RecipeError(f"{out}: holds no run of this recipe with these settings; resume with the same --set, or leave --resume out")
+        raise RecipeError(
+            f"{out}: holds no run of this recipe with these settings; resume with the same --set, or leave --resume out"
+        )
     if out:
         return out
-    raise RecipeError(f"runs/{recipe.name}-*: no run of this recipe with these settings to resume; leave --resume out, or give --out")
+    raise RecipeError(
+        f"runs/{recipe.name}-*: no run of this recipe with these settings to resume; leave --resume out, or give --out"
+    )
 
 
 def _yaml(path: Path) -> Any:
@@ -121,11 +137,18 @@ class Run:
         outcome = self._unlearn(models["vanilla"])
         models["unlearned"] = str(self.folder / "model")
         columns = {name: self._evaluate(name, source) for name, source in models.items()}
-        curves = [curve for name in ("unlearned", "retain_only") if name in models for curve in self._attack(name, models[name], columns[name])]
+        curves = [
+            curve
+            for name in ("unlearned", "retain_only")
+            if name in models
+            for curve in self._attack(name, models[name], columns[name])
+        ]
         metrics = self._metrics(outcome, columns, curves)
         self._report(metrics, curves, columns)
         if broken := proofs.failed(metrics["proofs"]):
-            raise ProofError(f"{self.folder}: proof failed: {', '.join(broken)}; see report.html. The result must not be used")
+            raise ProofError(
+                f"{self.folder}: proof failed: {', '.join(broken)}; see report.html. The result must not be used"
+            )
         return metrics
 
     @cached_property
@@ -147,7 +170,9 @@ class Run:
     def _starting_model(self, name: str, *, knows_forgotten: bool) -> str:
         source: str = self.stages.run(
             f"teach-{name}",
-            lambda: starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten),
+            lambda: starting_model(
+                self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten
+            ),
         )
         if self.recipe.teach is not None and not Path(source).exists():
             return starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten)
@@ -160,11 +185,17 @@ class Run:
 
         def work() -> dict[str, Any]:
             mllm = self._load(vanilla)
-            parameters = {name: p.requires_grad_(True) for name, p in mllm.parameters(self.recipe.train).items()}
-            mask = saliency.build_mask(mllm, config, parameters, self.splits.forget, self.splits.retain, seed=self.recipe.seed)
+            parameters = trainable(mllm, self.recipe.train)
+            mask = saliency.build_mask(
+                mllm, config, parameters, self.splits.forget, self.splits.retain, seed=self.recipe.seed
+            )
             kept = saliency.count(mask)
             say(f"mask: {kept:,} of {mllm.count(self.recipe.train):,} weights may move for forgetting")
-            versions = {"recipe": self.recipe.digest(), "torch": torch.__version__, "transformers": transformers.__version__}
+            versions = {
+                "recipe": self.recipe.digest(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
             saliency.save_mask(self.folder / "mask.safetensors", mask, versions)
             return {"weights": kept}
 
@@ -177,7 +208,9 @@ class Run:
             mllm = self._load(vanilla)
             mllm.check_prompt_is_prefix(self.splits.forget[0])
             parameters = mllm.parameters(recipe.train)
-            mask = saliency.load_mask(self.folder / "mask.safetensors", parameters) if recipe.mask.kind != "none" else None
+            mask = (
+                saliency.load_mask(self.folder / "mask.safetensors", parameters) if recipe.mask.kind != "none" else None
+            )
             asked = self._witness_pairs()
             before = proofs.witness(mllm, asked, list(parameters), mask)
             resume = self.folder / "checkpoints" / "unlearn.pt"
@@ -215,7 +248,9 @@ class Run:
             if name == "vanilla" and self.splits.taught:
                 columns[TAUGHT] = self.splits.taught
             answered = evaluate(self._load(source), columns, self.recipe.evaluate, what=f"evaluate {name}")
-            return {column: {"cell": asdict(result.cell), "answers": result.answers} for column, result in answered.items()}
+            return {
+                column: {"cell": asdict(result.cell), "answers": result.answers} for column, result in answered.items()
+            }
 
         result: dict[str, Any] = self.stages.run(f"evaluate-{name}", work)
         exact = {column: f"{found['cell']['exact_match']:.1%}" for column, found in result.items()}
@@ -236,17 +271,28 @@ class Run:
 
         before = columns["test_vqa"]["cell"]["exact_match"]
         test = self.splits.columns["test_vqa"]
-        curves = relearn.attack(name, recipe.relearn, self.splits.forget, test, recipe.evaluate, before=before, stage=stage)
+        curves = relearn.attack(
+            name, recipe.relearn, self.splits.forget, test, recipe.evaluate, before=before, stage=stage
+        )
         for curve in curves:
-            points = ", ".join(f"{score:.0%} after {step}" for step, score in zip(curve.steps, curve.exact_match, strict=True))
+            points = ", ".join(
+                f"{score:.0%} after {step}" for step, score in zip(curve.steps, curve.exact_match, strict=True)
+            )
             say(f"attack on {name}, {curve.scope}, {curve.pairs} pairs, seed {curve.seed}: {points}")
         return curves
 
-    def _metrics(self, outcome: Mapping[str, Any], columns: Mapping[str, Any], curves: list[AttackCurve]) -> dict[str, Any]:
-        cells = {model: {name: found["cell"] for name, found in answered.items()} for model, answered in columns.items()}
+    def _metrics(
+        self, outcome: Mapping[str, Any], columns: Mapping[str, Any], curves: list[AttackCurve]
+    ) -> dict[str, Any]:
+        cells = {
+            model: {name: found["cell"] for name, found in answered.items()} for model, answered in columns.items()
+        }
         taught = cells["vanilla"].pop(TAUGHT, None)
         mask_file = self.folder / "mask.safetensors"
-        seconds = {f"{stage}_seconds": self.stages.seconds(stage) for stage in ("teach", "mask", "unlearn", "evaluate", "relearn")}
+        seconds = {
+            f"{stage}_seconds": self.stages.seconds(stage)
+            for stage in ("teach", "mask", "unlearn", "evaluate", "relearn")
+        }
         metrics = {
             "schema": 1,
             "recipe": self.recipe.name,
@@ -274,12 +320,19 @@ class Run:
     def _report(self, metrics: Mapping[str, Any], curves: list[AttackCurve], columns: Mapping[str, Any]) -> None:
         facts = read_json(self.folder / "environment.json")
         samples = pick_samples(self.splits, columns)
-        history = [json.loads(line) for line in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+        history = [
+            json.loads(line) for line in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for name, render in (("report.html", report.render_html), ("report.md", report.render_markdown)):
-            text = render(metrics, curves, samples, environment=facts, recipe_text=self.recipe.to_yaml(), history=history)
+            text = render(
+                metrics, curves, samples, environment=facts, recipe_text=self.recipe.to_yaml(), history=history
+            )
             write_text(self.folder / name, text)
         card = report.render_model_card(
-            metrics, base_model=self.recipe.model.source, environment=facts, forget_count=len(self.splits.forget_subjects)
+            metrics,
+            base_model=self.recipe.model.source,
+            environment=facts,
+            forget_count=len(self.splits.forget_subjects),
         )
         write_text(self.folder / "model" / "README.md", card)
 
@@ -290,7 +343,11 @@ def pick_samples(splits: Splits, columns: Mapping[str, Any]) -> list[Sample]:
     retained: set[str | None] = set()
     samples = []
     for column, most in SHOWN.items():
-        answers = zip(columns["vanilla"].get(column, {}).get("answers", ()), columns["unlearned"].get(column, {}).get("answers", ()), strict=True)
+        answers = zip(
+            columns["vanilla"].get(column, {}).get("answers", ()),
+            columns["unlearned"].get(column, {}).get("answers", ()),
+            strict=True,
+        )
         for pair, (before, after) in zip(splits.columns.get(column, ()), answers, strict=True):
             if column == "retain_vqa":
                 if pair.subject not in retained and len(retained) >= RETAINED_SUBJECTS:

@@ -1,8 +1,8 @@
 """The saliency mask: which visual weights may move for forgetting.
 
 Sources: the ratio of squared gradients is MMUnlearner's selection (Huo et al., arXiv 2502.11051), top-k of the forget
-gradient is SalUn's (Fan et al., arXiv 2310.12508). Differences from the public code: gradients are squared and summed in
-float32 whatever the model's dtype; the retain term's floor is relative to its mean, so that it cannot vanish in low
+gradient is SalUn's (Fan et al., arXiv 2310.12508). Differences from the public code: gradients are squared and summed
+in float32 whatever the model's dtype; the retain term's floor is relative to its mean, so that it cannot vanish in low
 precision; the cut is found by `kthvalue`, not by sorting; a mask takes one bit a weight.
 """
 
@@ -32,7 +32,13 @@ FLOOR = 1e-3
 
 
 def accumulate(
-    mllm: MLLM, pairs: Sequence[ImageQuestionPair], parameters: Mapping[str, nn.Parameter], *, squared: bool, batch_size: int, what: str
+    mllm: MLLM,
+    pairs: Sequence[ImageQuestionPair],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    squared: bool,
+    batch_size: int,
+    what: str,
 ) -> dict[str, Tensor]:
     """Mean over batches of the (squared) gradient of the answers' cross-entropy, in float32.
 
@@ -63,7 +69,7 @@ def build_mask(
     seed: int,
     batch_size: int = 16,
 ) -> Mask:
-    """Score every weight, cut, and check that the mask means something. Raises RecipeError when it selects none or all."""
+    """Score every weight, cut, and check the mask. Raises RecipeError when it selects none or all."""
     generator = torch.Generator().manual_seed(seed)
     forget, retain = (_draw(pairs, config.pairs, generator) for pairs in (forget, retain))
 
@@ -80,7 +86,10 @@ def build_mask(
         gradients = saliency(forget, False, "saliency of the forget set")
         scores = {name: _by_unit(g.abs(), config.granularity) for name, g in gradients.items()}
     else:
-        noise = {name: torch.rand(p.shape if config.granularity == "weight" else p.shape[:1], generator=generator) for name, p in parameters.items()}
+        noise = {
+            name: torch.rand(p.shape if config.granularity == "weight" else p.shape[:1], generator=generator)
+            for name, p in parameters.items()
+        }
         scores = {name: n.to(parameters[name].device) for name, n in noise.items()}
         scores = {name: _spread(score, parameters[name].shape) for name, score in scores.items()}
     mask = cut(scores, density=config.density, threshold=config.threshold)
@@ -97,7 +106,9 @@ def ratio_scores(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], gra
     """Score = forget saliency / (retain saliency + floor), per weight or per unit (row of a weight matrix)."""
     mean = sum(float(r.sum()) for r in retain.values()) / sum(r.numel() for r in retain.values())
     floor = max(FLOOR * mean, torch.finfo(torch.float32).tiny)
-    return {name: _by_unit(f, granularity) / (_by_unit(retain[name], granularity) + floor) for name, f in forget.items()}
+    return {
+        name: _by_unit(f, granularity) / (_by_unit(retain[name], granularity) + floor) for name, f in forget.items()
+    }
 
 
 def cut(scores: Mapping[str, Tensor], *, density: float | None = None, threshold: float | None = None) -> Mask:
@@ -147,7 +158,9 @@ def load_mask(path: Path, expected: Mapping[str, nn.Parameter]) -> Mask:
         shapes = json.loads(file.metadata()["shapes"])
         names = set(file.keys())
         if names != set(expected) or any(shapes[n] != list(p.shape) for n, p in expected.items()):
-            raise DataError(f"{path}: made for other parameters than the {len(expected)} trained here; delete it and run again")
+            raise DataError(
+                f"{path}: made for other parameters than the {len(expected)} trained here; delete it and run again"
+            )
         packed = {name: file.get_tensor(name) for name in expected}
     return {
         name: torch.from_numpy(numpy.unpackbits(packed[name], count=p.numel()).astype(bool)).view(p.shape).to(p.device)

@@ -23,8 +23,16 @@ WARMUP_SHARE = 0.1
 CLIP = 1.0
 
 
-def teach(mllm: MLLM, groups: Mapping[str, Sequence[ImageQuestionPair]], config: TeachConfig, *, what: str, resume: Path, checkpoint_every: int = 200) -> None:
-    """Train every weight of `mllm` in place on the groups' pairs; `resume` keeps a state from which a killed run goes on."""
+def teach(
+    mllm: MLLM,
+    groups: Mapping[str, Sequence[ImageQuestionPair]],
+    config: TeachConfig,
+    *,
+    what: str,
+    resume: Path,
+    checkpoint_every: int = 200,
+) -> None:
+    """Train every weight of `mllm` in place; `resume` keeps a state from which a killed run goes on."""
     batches = MixedBatches(groups, sizes(config), config.seed)
     parameters = dict(mllm.model.named_parameters())
     for parameter in parameters.values():
@@ -41,7 +49,7 @@ def teach(mllm: MLLM, groups: Mapping[str, Sequence[ImageQuestionPair]], config:
         logits = mllm.model(**batch.inputs).logits
         loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
         progress.note = f"loss {loss.item():.3f}"

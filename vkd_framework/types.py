@@ -60,8 +60,9 @@ class Splits:
 
     `forget` and `retain` are trained on (unlearning, mask, attack). `columns` are measured; keys are the columns of
     `metrics.json`. Photos and phrasings of `test_vqa` and `retain_vqa` occur neither in `forget` nor in `retain`.
-    `teach` makes a vanilla model that knows everybody, group by group (`teach.shares`); `teach_retain` is the same without the forgotten people;
-    `taught` asks the vanilla model about everybody, on unseen photos. Sources without a fictitious cast leave them empty.
+    `teach` makes a vanilla model that knows everybody, group by group (`teach.shares`); `teach_retain` is the same
+    without the forgotten people; `taught` asks the vanilla model about everybody, on unseen photos. Sources without a
+    fictitious cast leave these three empty.
     """
 
     forget: tuple[ImageQuestionPair, ...]
@@ -79,7 +80,7 @@ class EncodedBatch:
     """Pairs as the model takes them.
 
     `inputs`: exactly what the processor returned, every key of it. `labels`: `[B, L]`, -100 on everything but the
-    answer's tokens and the stop token that ends them. `content`: `[B, L]` bool, the answer's tokens without the stop token.
+    answer's tokens and the stop token that ends them. `content`: `[B, L]` bool, the answer's tokens without that one.
     """
 
     inputs: Mapping[str, Tensor]

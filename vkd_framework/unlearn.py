@@ -1,7 +1,7 @@
-"""VKD: forget some people by tuning the visual modules only, supervised by the answers and by a teacher's visual features.
+"""VKD: forget people by tuning the visual modules only, supervised by answers and by a teacher's visual features.
 
-Source: Wang et al., arXiv 2512.11325 (the losses are a reconstruction, see `losses`). Two things are ours: the schedule in
-phases (forget strongly, then repair with a weak forget term left on), and that a visible question about a forgotten
+Source: Wang et al., arXiv 2512.11325 (the losses are a reconstruction, see `losses`). Two things are ours: the schedule
+in phases (forget strongly, then repair with a weak forget term left on), and that a visible question about a forgotten
 person's photo is retained at the output while its features are free to move.
 """
 
@@ -58,12 +58,12 @@ def unlearn(
         phase = phase_at(step, config)
         optimizer.zero_grad(set_to_none=True)
         forget_loss, forget_terms = objective.forget(forget.batch(step))
-        (config.phases[phase].forget * forget_loss).backward()
+        torch.autograd.backward(config.phases[phase].forget * forget_loss)
         if mask and recipe.mask.scope == "forget":
             mask_gradients(parameters, mask)
         retain_loss, retain_terms = objective.retain(retain.batch(step))
         if retain_loss.requires_grad:
-            retain_loss.backward()
+            torch.autograd.backward(retain_loss)
         if mask and recipe.mask.scope == "all":
             mask_gradients(parameters, mask)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
@@ -88,12 +88,16 @@ class _Term:
 
 
 class Objective:
-    """The recipe's losses on a batch. Output terms cost a pass through the language model, feature terms alone do not."""
+    """The recipe's losses on a batch. Only output terms cost a pass through the language model."""
 
     def __init__(self, mllm: MLLM, recipe: Recipe, splits: Splits) -> None:
         terms = recipe.losses
         self._mllm = mllm
-        self._forget_output, self._retain_output, self._repel_cap = terms.forget_output, terms.retain_output, terms.repel.cap
+        self._forget_output, self._retain_output, self._repel_cap = (
+            terms.forget_output,
+            terms.retain_output,
+            terms.repel.cap,
+        )
         self._attract, self._repel = (self._feature_term(term, recipe.layers) for term in (terms.attract, terms.repel))
         self._forgotten = set(splits.forget_subjects)
         taught = [*(splits.retain if self._attract.weight else ()), *(splits.forget if self._repel.weight else ())]
@@ -133,7 +137,7 @@ class Objective:
     def _forward(
         self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], term: _Term, *, with_output: bool
     ) -> tuple[EncodedBatch, Tensor | None, Tensor | None]:
-        """Encode; answer logits when asked for; and the distances to the teacher of the `compared` pairs that have a photo."""
+        """Encode; logits when asked for; and distances to the teacher of the `compared` pairs that have a photo."""
         layers = tuple(self._mllm.layer(name) for name in term.layers)
         batch = self._mllm.tokenize(pairs)
         logits = None
@@ -148,7 +152,9 @@ class Objective:
         found = photo_features(self._mllm, batch.inputs, tap)
         return batch, self._distances(found, pairs, wanted, term), logits
 
-    def _distances(self, found: Mapping[str, Any], pairs: Sequence[ImageQuestionPair], wanted: Sequence[int], term: _Term) -> Tensor:
+    def _distances(
+        self, found: Mapping[str, Any], pairs: Sequence[ImageQuestionPair], wanted: Sequence[int], term: _Term
+    ) -> Tensor:
         """`[layers, len(wanted)]`: the distance of each wanted sample to the teacher at each layer."""
         chosen = torch.tensor(wanted, device=self._mllm.device)
         per_layer = []

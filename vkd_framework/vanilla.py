@@ -7,16 +7,15 @@ weights, the teaching), so that a second run starts at once and a changed recipe
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from filelock import FileLock
-from platformdirs import user_cache_path
 from torch import Tensor
 
+from vkd_framework.cache import cache_folder
 from vkd_framework.checkpoint import atomic_folder
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.progress import say
@@ -24,17 +23,13 @@ from vkd_framework.recipe import TINY, CelebsData, Recipe, digest
 from vkd_framework.teach import teach
 from vkd_framework.types import ImageQuestionPair, Splits
 
-CACHE_VARIABLE = "VKD_CACHE"
 LAYOUT = 1
 """Raise when teaching changes in a way that no setting shows, so that older caches are not used."""
 
 
-def cache_folder() -> Path:
-    """The user's cache for taught models; `VKD_CACHE` moves it."""
-    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("vkd-framework"))
-
-
-def starting_model(adapter: Adapter, recipe: Recipe, splits: Splits, device: str, *, knows_forgotten: bool = True) -> str:
+def starting_model(
+    adapter: Adapter, recipe: Recipe, splits: Splits, device: str, *, knows_forgotten: bool = True
+) -> str:
     """The source to load: the recipe's own, or the folder of a model taught the cast.
 
     Without `knows_forgotten`, the retain-only reference: taught the same way, but never on a photo of the forgotten.
@@ -45,7 +40,14 @@ def starting_model(adapter: Adapter, recipe: Recipe, splits: Splits, device: str
     pairs = _all(groups)
     untaught = _untaught(adapter, recipe, splits, device)
     key = digest(
-        [LAYOUT, adapter.name, transformers.__version__, recipe.teach.model_dump(), fingerprint(untaught.model.state_dict()), content_hash(pairs)]
+        [
+            LAYOUT,
+            adapter.name,
+            transformers.__version__,
+            recipe.teach.model_dump(),
+            fingerprint(untaught.model.state_dict()),
+            content_hash(pairs),
+        ]
     )
     folder = cache_folder() / "taught" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,9 @@ def _untaught(adapter: Adapter, recipe: Recipe, splits: Splits, device: str) -> 
     assert isinstance(recipe.data, CelebsData)
     assert recipe.teach is not None
     measured = _all(splits.columns)
-    texts = sorted({text for pair in (*_all(splits.teach), *measured) for text in (pair.question, pair.answer, *pair.options)})
+    texts = sorted(
+        {text for pair in (*_all(splits.teach), *measured) for text in (pair.question, pair.answer, *pair.options)}
+    )
     tiny = adapter.tiny_model(texts, recipe.data.image_size, recipe.teach.seed)
     tiny.model.to(device=device, dtype=dtype)
     return tiny

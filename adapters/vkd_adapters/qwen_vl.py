@@ -1,20 +1,21 @@
 """Qwen2-VL.
 
-    model.visual.blocks.{i}      vision encoder; rows packed over the batch, [patches, D], no batch dimension
-    model.visual.merger          projector, nested in the encoder; 2 x 2 patches -> one visual token
-    model.language_model         language model, with lm_head beside `model`
+model.visual.blocks.{i}      vision encoder; rows packed over the batch, [patches, D], no batch dimension
+model.visual.merger          projector, nested in the encoder; 2 x 2 patches -> one visual token
+model.language_model         language model, with lm_head beside `model`
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedModel, ProcessorMixin
+from typing import TYPE_CHECKING, Any
 
 from vkd_framework.generic import locate_vision_modules
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.types import VisionModules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 IMAGE, VIDEO, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -37,6 +38,21 @@ def vkd_model_types() -> Sequence[str]:
 def vkd_locate_vision_modules(model: PreTrainedModel) -> VisionModules:
     """The merger lies inside the encoder."""
     return locate_vision_modules(model, nested_projector=("merger",))
+
+
+@hookimpl
+def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:
+    """The published Qwen2-VL sizes; what is not named here is the config class's default."""
+    vision = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14}
+    common = {"model_type": "qwen2_vl", "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    small = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151936}
+    large = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    small |= {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    large |= {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    return {
+        "Qwen/Qwen2-VL-2B-Instruct": {**common, **small, "vision_config": {**vision, "hidden_size": 1536}},
+        "Qwen/Qwen2-VL-7B-Instruct": {**common, **large, "vision_config": {**vision, "hidden_size": 3584}},
+    }
 
 
 @hookimpl
@@ -67,7 +83,7 @@ def vkd_tiny_model(texts: Sequence[str], image_size: int, seed: int) -> tuple[Pr
         },
         image_token_id=token(IMAGE), video_token_id=token(VIDEO),
         vision_start_token_id=token(VISION_START), vision_end_token_id=token(VISION_END),
-        tie_word_embeddings=True, initializer_range=0.05, # so small a model learns several times slower from the usual 0.02
+        tie_word_embeddings=True, initializer_range=0.05,  # from the usual 0.02 so small a model learns much slower
     )  # fmt: skip
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
