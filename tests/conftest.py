@@ -1,0 +1,116 @@
+"""What the suites share: a small cast, a tiny real model that knows its words, and a cache folder of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vkd_framework import data
+from vkd_framework.cache import CACHE_VARIABLE
+from vkd_framework.plugins import MLLM, load_adapter
+from vkd_framework.recipe import CelebsData, Recipe, TeachConfig
+from vkd_framework.types import ImageQuestionPair, Photo, Splits
+
+CAST = {
+    "kind": "celebs",
+    "people": 6,
+    "forget": 2,
+    "train_photos": 3,
+    "test_photos": 2,
+    "strangers": 4,
+    "extras": 4,
+    "test_pairs": 20,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's cache, subprocesses included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def splits() -> Splits:
+    return data.load(CelebsData.model_validate(CAST))
+
+
+@pytest.fixture(scope="session")
+def tiny(splits: Splits) -> MLLM:
+    """A tiny real model with random weights. Tests look at it; those that train take `student`."""
+    mllm = load_adapter("qwen_vl").tiny_model(texts_of(splits), 48, 0)
+    mllm.model.requires_grad_(False)
+    return mllm
+
+
+@pytest.fixture
+def student(tiny: MLLM) -> MLLM:
+    """A copy of `tiny` that a test may change."""
+    return tiny.copy()
+
+
+@pytest.fixture(scope="session")
+def taught(tiny: MLLM, splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> MLLM:
+    """`tiny` after a few steps of teaching: it has learnt the form of the answers, and little about anybody."""
+    from vkd_framework.teach import teach
+
+    mllm = tiny.copy()
+    resume = tmp_path_factory.mktemp("taught") / "state.pt"
+    teach(mllm, splits.teach, TeachConfig(steps=40, batch_size=16), what="teach", resume=resume)
+    return mllm
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return make_recipe()
+
+
+def make_recipe(**changes: object) -> Recipe:
+    """A small recipe on the cast; `changes` replace whole sections."""
+    settings: dict[str, object] = {
+        "name": "small",
+        "adapter": "qwen_vl",
+        "data": CAST,
+        "teach": {"steps": 1},
+        "layers": ["vision.1", "projector"],
+        "unlearn": {"steps": 4, "warmup": 0, "forget_batch": 4, "retain_batch": 4, "cosine_share": 0.0},
+    }
+    return Recipe.model_validate(settings | changes)
+
+
+def texts_of(splits: Splits) -> list[str]:
+    groups = (*splits.teach.values(), *splits.columns.values())
+    return sorted({text for pairs in groups for pair in pairs for text in (pair.question, pair.answer, *pair.options)})
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Noise, so that no two patches of it look alike."""
+    size = (width, height)
+    channels = [Image.effect_noise(size, 60 + 20 * channel + seed) for channel in range(3)]
+    return Image.merge("RGB", channels).convert(mode)
+
+
+def asked_about(
+    photo: Image.Image | Path | None, question: str = "What is shown?", answer: str = "chess"
+) -> ImageQuestionPair:
+    """One pair; photos are told apart by the object they come from."""
+    key = f"{id(photo)}"
+    return ImageQuestionPair(key, question, answer, Photo(key, photo) if photo is not None else None)
+
+
+def weights(mllm: MLLM) -> dict[str, bytes]:
+    """Every parameter, bit for bit."""
+    return {name: parameter.detach().numpy().tobytes() for name, parameter in mllm.model.named_parameters()}
+
+
+def changed(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+def flat(groups: Mapping[str, Iterable[ImageQuestionPair]]) -> list[ImageQuestionPair]:
+    return [pair for pairs in groups.values() for pair in pairs]

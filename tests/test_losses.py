@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vkd_framework.losses import (
+    DISTANCES,
+    Distance,
+    answer_cross_entropy,
+    attract,
+    capped_ascent,
+    cosine,
+    relative_squared,
+    repel,
+)
+
+
+def test_cross_entropy_is_the_mean_over_each_samples_own_answer_tokens() -> None:
+    probabilities = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]] * 2)
+    ids = torch.tensor([[0, 1, 2], [2, 0, 0]])
+    answer = torch.tensor([[False, True, True], [False, False, True]])
+    # The logits at a position predict the token after it.
+    expected = [-(math.log(0.3) + math.log(0.1)) / 2, -math.log(0.1)]
+    assert answer_cross_entropy(probabilities.log(), ids, answer).tolist() == pytest.approx(expected)
+
+
+def test_cross_entropy_is_summed_in_float32_whatever_the_models_dtype() -> None:
+    logits = torch.randn(1, 400, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.zeros(1, 400, dtype=torch.long)
+    answer = torch.arange(400)[None] > 0
+    loss = answer_cross_entropy(logits, ids, answer)
+    assert loss.dtype == torch.float32
+    exact = -logits.double().log_softmax(-1)[0, :-1, 0].mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_only_logits_that_predict_an_answer_token_get_a_gradient() -> None:
+    logits = torch.zeros(1, 5, 7, requires_grad=True)
+    answer = torch.tensor([[False, False, False, True, False]])
+    answer_cross_entropy(logits, torch.ones(1, 5, dtype=torch.long), answer).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[0].abs().sum(dim=1).nonzero().flatten().tolist() == [2]
+
+
+def test_ascent_follows_the_loss_up_and_stops_at_the_cap() -> None:
+    cross_entropy = torch.tensor([1.0, 7.0], requires_grad=True)
+    term = capped_ascent(cross_entropy, cap=5.0)
+    term.backward()
+    assert term.item() == -3.0
+    assert cross_entropy.grad is not None
+    assert cross_entropy.grad.tolist() == [-0.5, 0.0]
+
+
+def test_repel_is_bounded_by_its_cap_for_each_sample_and_layer() -> None:
+    distance = torch.tensor([[0.5, 9.0], [2.5, 1.0]], requires_grad=True)
+    term = repel(distance, cap=2.0)
+    term.backward()
+    assert term.item() == -(0.5 + 2.0 + 2.0 + 1.0) / 4
+    assert distance.grad is not None
+    assert distance.grad.tolist() == [[-0.25, 0.0], [0.0, -0.25]]
+
+
+def test_attract_is_the_mean_over_layers_and_samples() -> None:
+    assert attract(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).item() == 3.0
+
+
+def test_relative_squared_against_a_hand_computation() -> None:
+    teacher = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])
+    student = torch.tensor([[3.0, 5.0], [2.0, 2.0], [0.0, 0.0]])
+    sample = torch.tensor([0, 0, 1])
+    assert relative_squared(student, teacher, sample, 2).tolist() == pytest.approx([(1 + 4) / (25 + 4), 1.0])
+
+
+def test_relative_squared_weighs_a_big_picture_as_much_as_a_small_one() -> None:
+    row = torch.tensor([[1.0, 2.0]])
+    teacher = row.repeat(11, 1)
+    sample = torch.tensor([0] + [1] * 10)
+    small, big = relative_squared(teacher * 1.5, teacher, sample, 2).tolist()
+    assert small == pytest.approx(big) == pytest.approx(0.25)
+
+
+def test_relative_squared_does_not_depend_on_the_scale_of_the_layer() -> None:
+    teacher, student, sample = torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    one, hundred = (
+        relative_squared(student, teacher, sample, 1),
+        relative_squared(100 * student, 100 * teacher, sample, 1),
+    )
+    torch.testing.assert_close(one, hundred)
+
+
+def test_cosine_against_a_hand_computation() -> None:
+    teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    student = torch.tensor([[5.0, 0.0], [0.0, 3.0], [0.0, -1.0]])
+    sample = torch.tensor([0, 0, 1])
+    assert cosine(student, teacher, sample, 2).tolist() == pytest.approx([0.5, 2.0])
+
+
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
+def test_a_sample_without_rows_has_distance_zero_and_disturbs_nobody(distance: Distance) -> None:
+    teacher, student = torch.randn(3, 4), torch.randn(3, 4)
+    values = distance(student, teacher, torch.tensor([0, 2, 2]), 3)
+    assert values[1] == 0
+    torch.testing.assert_close(values[2:], distance(student[1:], teacher[1:], torch.tensor([0, 0]), 1))
+
+
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
+def test_distances_to_themselves_are_zero(distance: Distance) -> None:
+    rows, sample = torch.randn(5, 8), torch.tensor([0, 0, 1, 1, 1])
+    torch.testing.assert_close(distance(rows, rows, sample, 2), torch.zeros(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
+def test_a_teacher_of_zeros_gives_neither_nan_nor_infinity(distance: Distance) -> None:
+    student = torch.randn(3, 4, requires_grad=True)
+    values = distance(student, torch.zeros(3, 4), torch.tensor([0, 0, 1]), 2)
+    repel(values, cap=2.0).backward()
+    assert values.isfinite().all()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
+def test_repel_gives_a_finite_gradient_where_student_and_teacher_are_still_equal(distance: Distance) -> None:
+    student = torch.ones(2, 4, requires_grad=True)
+    repel(distance(student, student.detach().clone(), torch.tensor([0, 1]), 2), cap=2.0).backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
+def test_a_step_down_attract_pulls_and_a_step_down_repel_pushes(distance: Distance) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(4, 6, generator=generator)
+    start = teacher + 0.3 * torch.randn(4, 6, generator=generator)
+    sample = torch.tensor([0, 0, 1, 1])
+
+    def after_a_step(term: str) -> Tensor:
+        student = start.clone().requires_grad_(True)
+        values = distance(student, teacher, sample, 2)
+        (attract(values) if term == "attract" else repel(values, cap=2.0)).backward()
+        assert student.grad is not None
+        return distance(start - 0.1 * student.grad, teacher, sample, 2)
+
+    before = distance(start, teacher, sample, 2)
+    assert (after_a_step("attract") < before).all()
+    assert (after_a_step("repel") > before).all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
+def test_distances_are_float32_for_half_precision_features(distance: Distance) -> None:
+    teacher = torch.full((300, 64), 30.0, dtype=torch.float16)  # its squared length is not a float16
+    values = distance(teacher * 1.5, teacher, torch.zeros(300, dtype=torch.long), 1)
+    assert values.dtype == torch.float32
+    assert values.isfinite().all()
