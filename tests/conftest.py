@@ -61,7 +61,7 @@ def taught(tiny: MLLM, splits: Splits, tmp_path_factory: pytest.TempPathFactory)
 
     mllm = tiny.copy()
     resume = tmp_path_factory.mktemp("taught") / "state.pt"
-    teach(mllm, splits.teach, TeachConfig(steps=40, batch_size=16), what="teach", resume=resume)
+    teach(mllm, splits.teach, TeachConfig(steps=40, batch_size=8), what="teach", resume=resume)
     return mllm
 
 

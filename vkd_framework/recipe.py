@@ -49,7 +49,7 @@ class CelebsData(Section):
     test_photos: int = Field(default=8, ge=1, description="photos of each person that only the evaluation sees")
     strangers: int = Field(default=24, ge=4, description="people nobody was taught, for realworld_vqa")
     extras: int = Field(
-        default=192, ge=0, description="nameless people for visible questions in teaching and retaining"
+        default=512, ge=0, description="nameless people for visible questions in teaching and retaining"
     )
     image_size: int = Field(default=48, ge=32, le=512)
     test_pairs: int = Field(default=160, ge=20, description="most questions in a measured column")
@@ -186,17 +186,19 @@ class EvaluateConfig(Section):
 class RelearnConfig(Section):
     """The attack on the result: fine-tune a copy on some of the forgotten pairs and ask again."""
 
-    shares: tuple[Share, ...] = Field(default=(0.05, 1.0), description="shares of the forget pairs the attacker has")
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(10, 30, 60), description="steps after which Test VQA is scored"
+    shares: tuple[Share, ...] = Field(
+        default=(0.05, 1.0), min_length=1, description="shares of the forget pairs the attacker has"
     )
-    scopes: tuple[Literal["visual", "full"], ...] = ("visual", "full")
-    seeds: tuple[int, ...] = (0,)
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(10, 30, 60), min_length=1, description="steps after which Test VQA is scored"
+    )
+    scopes: tuple[Literal["visual", "full"], ...] = Field(default=("visual", "full"), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> RelearnConfig:
+    def _steps_increase(self) -> RelearnConfig:
         if list(self.steps) != sorted(set(self.steps)):
             raise ValueError("steps must increase")
         return self

@@ -51,6 +51,8 @@ def accumulate(
         batch = mllm.tokenize(chunk)
         logits = mllm.model(**batch.inputs).logits
         loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
+        if not loss.requires_grad:
+            continue  # text alone never meets the visual modules
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

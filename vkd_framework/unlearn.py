@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vkd_framework import losses
 from vkd_framework.batches import Batches
 from vkd_framework.checkpoint import load_training, save_training
+from vkd_framework.errors import RecipeError
 from vkd_framework.features import FeatureTap, Teacher, photo_features, vision_forward
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
@@ -58,6 +59,11 @@ def unlearn(
         phase = phase_at(step, config)
         optimizer.zero_grad(set_to_none=True)
         forget_loss, forget_terms = objective.forget(forget.batch(step))
+        if not forget_loss.requires_grad:
+            raise RecipeError(
+                f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
+                "train what lies before losses.repel.layers, or give losses.forget_output a weight"
+            )
         torch.autograd.backward(config.phases[phase].forget * forget_loss)
         if mask and recipe.mask.scope == "forget":
             mask_gradients(parameters, mask)

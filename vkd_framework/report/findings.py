@@ -117,7 +117,7 @@ def headline(metrics: Mapping[str, Any]) -> list[Definition]:
     advantage = relearn.get("advantage_over_retain_only")
     if is_number(advantage):
         tiles.append(
-            Definition("Relearning attack", points(advantage), "recovery compared with a model that never knew")
+            Definition("Relearning attack", points(advantage), "after it, compared with a model that never knew")
         )
     else:
         recovery = points(relearn.get("average_recovery"))
@@ -145,7 +145,7 @@ def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
         Definition(
             "Advantage over retain-only",
             points(advantage) if is_number(advantage) else "no reference",
-            "Recovery of the unlearned model minus recovery of the retain-only model under the same attack. "
+            "Mean of exact match after the attack minus that of the retain-only model after the same attack. "
             "Above 0: knowledge was hidden. At or below 0: relearning is no easier than learning from scratch.",
         ),
     ]
@@ -163,9 +163,9 @@ def attack_sentence(metrics: Mapping[str, Any]) -> str:
         return f"{text} Without a retain-only reference it is not known how much of that was learned from scratch."
     amount = points(abs(advantage)).removeprefix("+")
     if round(100 * advantage, 1) == 0:
-        return f"{text} The same attack on a model that never knew these people changed it equally."
+        return f"{text} After the same attack, a model that never knew these people answers equally well."
     side = "more" if advantage > 0 else "less"
-    return f"{text} That is {amount} {side} than under the same attack on a model that never knew these people."
+    return f"{text} It then answers {amount} {side} than a model that never knew these people after the same attack."
 
 
 def proof_rows(metrics: Mapping[str, Any]) -> list[Proof]:

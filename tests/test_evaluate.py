@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import asked_about, picture
+
+from vkd_framework.evaluate import (
+    answer_losses,
+    evaluate,
+    exact_match,
+    generate,
+    normalise,
+    option_losses,
+    rouge_l,
+    score,
+    wilson,
+)
+from vkd_framework.plugins import MLLM
+from vkd_framework.recipe import EvaluateConfig
+from vkd_framework.types import ImageQuestionPair, Splits
+
+CONFIG = EvaluateConfig(batch_size=7, max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "interval"),
+    [(0, 10, (0.0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1.0)), (81, 263, (0.2553, 0.3662))],
+)
+def test_the_wilson_interval_has_its_published_values(hits: int, n: int, interval: tuple[float, float]) -> None:
+    assert wilson(hits, n) == pytest.approx(interval, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "value"),
+    [
+        ("police killed the gunman", "police kill the gunman", 0.75),
+        ("the gunman kill police", "police kill the gunman", 0.5),
+        ("a baker", "A baker.", 1.0),
+        ("a baker from Oslo", "a baker", 2 / 3),
+        ("", "a baker", 0.0),
+        ("...", "a baker", 0.0),
+        ("b a b a", "a b", 2 * 2 / 6),
+    ],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(answer: str, reference: str, value: float) -> None:
+    assert rouge_l(answer, reference) == pytest.approx(value)
+    assert rouge_l(reference, answer) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("written", ["Oslo", " oslo.", "OSLO", "'Oslo'", "oslo\n", "Oslo!"])
+def test_case_spaces_and_punctuation_at_the_ends_do_not_make_an_answer_wrong(written: str) -> None:
+    assert normalise(written) == "oslo"
+
+
+@pytest.mark.parametrize("written", ["Oslo, Norway", "O slo", "", "not Oslo"])
+def test_other_words_make_an_answer_wrong(written: str) -> None:
+    assert normalise(written) != "oslo"
+
+
+@pytest.fixture
+def mixed(splits: Splits) -> list[ImageQuestionPair]:
+    """Questions of different lengths, with photos of different sizes and without."""
+    return [
+        splits.columns["test_vqa"][0],
+        splits.columns["retain_qa"][0],
+        asked_about(picture(32, 64), "Which dish does the person in the photo like, and why?", "sushi"),
+        asked_about(picture(16, 16), "Name?", "Oslo"),
+        splits.columns["forget_qa"][0],
+    ]
+
+
+def test_batched_answers_are_those_of_the_pairs_one_by_one(taught: MLLM, mixed: list[ImageQuestionPair]) -> None:
+    together = generate(taught, mixed, CONFIG, what="")
+    assert together == [generate(taught, [pair], CONFIG, what="")[0] for pair in mixed]
+    assert any(together)
+
+
+def test_answers_hold_no_special_token_and_nothing_of_the_question(taught: MLLM, splits: Splits) -> None:
+    for answer in generate(taught, splits.columns["retain_qa"][:4], CONFIG, what=""):
+        assert "<|" not in answer
+        assert "?" not in answer
+
+
+def test_generation_stops_at_the_token_that_ends_an_answer(tiny: MLLM, splits: Splits) -> None:
+    pairs = splits.columns["retain_qa"][:2]
+    free = generate(tiny, pairs, EvaluateConfig(max_new_tokens=8), what="")
+    short = generate(tiny, pairs, EvaluateConfig(max_new_tokens=2), what="")
+    assert all(long.startswith(cut) for long, cut in zip(free, short, strict=True))
+    assert free != short
+
+
+def test_losses_of_options_do_not_depend_on_how_they_are_batched(tiny: MLLM, mixed: list[ImageQuestionPair]) -> None:
+    one = option_losses(tiny, mixed, EvaluateConfig(batch_size=1), what="")
+    seven = option_losses(tiny, mixed, EvaluateConfig(batch_size=7), what="")
+    for pair, alone, together in zip(mixed, one, seven, strict=True):
+        assert set(alone) == {*pair.options, pair.answer}
+        assert alone == pytest.approx(together, abs=1e-4)
+        assert alone[pair.answer] == pytest.approx(answer_losses(tiny, [pair]).item(), abs=1e-4)
+
+
+def test_a_choice_is_right_when_the_answer_has_the_lowest_loss() -> None:
+    pair = replace(asked_about(None, answer="chess"), options=("chess", "yoga"))
+    free = asked_about(None, answer="chess")
+    losses = [{"chess": 1.0, "yoga": 2.0}, {"yoga": 0.5, "chess": 1.0}, {"chess": 9.0}]
+    cell = score([pair, pair, free], ["Chess", "yoga", "no idea"], losses)
+    assert cell.choice_accuracy == 0.5
+    assert cell.exact_match == pytest.approx(1 / 3)
+    assert cell.answer_probability == pytest.approx((2 * math.exp(-1) + math.exp(-9)) / 3)
+    assert cell.interval_95 == wilson(1, 3)
+    assert cell.n == 3
+
+
+def test_without_options_there_is_no_choice_accuracy() -> None:
+    assert score([asked_about(None)], ["chess"], [{"chess": 0.0}]).choice_accuracy is None
+
+
+def test_an_empty_answer_counts_as_wrong() -> None:
+    cell = score([asked_about(None, answer="chess")], [""], [{"chess": 3.0}])
+    assert (cell.exact_match, cell.rouge_l) == (0, 0)
+
+
+def test_columns_evaluated_together_are_those_evaluated_alone(taught: MLLM, splits: Splits) -> None:
+    columns = {name: splits.columns[name][:3] for name in ("retain_qa", "test_vqa", "realworld_vqa")}
+    together = evaluate(taught, columns, CONFIG)
+    assert list(together) == list(columns)
+    for name, pairs in columns.items():
+        alone = evaluate(taught, {name: pairs}, CONFIG)[name]
+        assert together[name].answers == alone.answers
+        assert together[name].cell.n == len(pairs)
+        assert together[name].cell.answer_probability == pytest.approx(alone.cell.answer_probability, abs=1e-4)
+
+
+def test_the_score_of_an_attack_is_the_exact_match_of_the_evaluation(taught: MLLM, splits: Splits) -> None:
+    pairs = splits.columns["retain_qa"][:5]
+    assert exact_match(taught, pairs, CONFIG) == evaluate(taught, {"a": pairs}, CONFIG)["a"].cell.exact_match

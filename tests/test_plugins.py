@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import asked_about, picture
+
+from vkd_framework.errors import AdapterError, ModelError, RecipeError
+from vkd_framework.generic import locate_vision_modules, tokenize_pairs
+from vkd_framework.hookspecs import hookimpl
+from vkd_framework.plugins import MLLM, Adapter, load_adapter, partition
+from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, VisionModules
+
+TYPE = "qwen2_vl"
+
+
+def adapter_with(**hooks: Callable[..., Any]) -> Adapter:
+    """An adapter named `mine` with these hooks, and the model type of the tiny model."""
+    plugin = types.ModuleType("mine")
+    hooks.setdefault("vkd_model_types", lambda: [TYPE])
+    for name, function in hooks.items():
+        setattr(plugin, name, hookimpl(function))
+    return Adapter("mine", plugin)
+
+
+def test_an_unknown_adapter_is_answered_with_the_nearest() -> None:
+    with pytest.raises(AdapterError, match=r"'qwen_v1' is not installed; did you mean 'qwen_vl'\?"):
+        load_adapter("qwen_v1")
+
+
+def test_a_misspelt_hook_is_named_with_the_nearest() -> None:
+    with pytest.raises(AdapterError, match=r"'mine'.*'vkd_feature_row'.*did you mean 'vkd_feature_rows'\?"):
+        adapter_with(vkd_feature_row=lambda model: None)
+
+
+def test_an_unknown_parameter_of_a_hook_is_named() -> None:
+    with pytest.raises(AdapterError, match=r"'mine'.*vkd_stop_token_ids.*tokeniser"):
+        adapter_with(vkd_stop_token_ids=lambda tokeniser: [1])
+
+
+def test_a_class_is_refused_where_an_instance_is_due() -> None:
+    class Mine:
+        @hookimpl
+        def vkd_model_types(self) -> list[str]:
+            return [TYPE]
+
+    with pytest.raises(AdapterError, match="class Mine; register an instance"):
+        Adapter("mine", Mine)
+    assert Adapter("mine", Mine()).model_types == (TYPE,)
+
+
+def test_an_adapter_without_model_types_is_refused() -> None:
+    plugin = types.ModuleType("mine")
+    plugin.vkd_stop_token_ids = hookimpl(lambda model: [1])  # type: ignore[attr-defined]
+    with pytest.raises(AdapterError, match="'mine': the required hook vkd_model_types is missing"):
+        Adapter("mine", plugin)
+
+
+def test_parameters_with_defaults_are_refused() -> None:
+    def stop(model: Any, processor: Any = None) -> list[int]:
+        return [1]
+
+    with pytest.raises(AdapterError, match=r"vkd_stop_token_ids.*default values"):
+        adapter_with(vkd_stop_token_ids=stop)
+
+
+@pytest.mark.parametrize("answer", ["qwen2_vl", [], [1], 5, {}, [None]])
+def test_model_types_must_be_a_list_of_texts(answer: Any) -> None:
+    with pytest.raises(AdapterError, match="'mine', hook vkd_model_types"):
+        _ = adapter_with(vkd_model_types=lambda: answer).model_types
+
+
+@pytest.mark.parametrize("answer", ["x", [("a", {})], {"a": 3}, 5])
+def test_presets_must_be_configs_by_name(answer: Any) -> None:
+    with pytest.raises(AdapterError, match="'mine', hook vkd_model_presets"):
+        _ = adapter_with(vkd_model_presets=lambda: answer).presets
+
+
+@pytest.mark.parametrize("answer", [3, "x", [], ["a"], {"a": 1}])
+def test_stop_tokens_must_be_a_list_of_ids(tiny: MLLM, answer: Any) -> None:
+    with pytest.raises(AdapterError, match="'mine', hook vkd_stop_token_ids"):
+        adapter_with(vkd_stop_token_ids=lambda: answer).stop_token_ids(tiny.model, tiny.processor)
+
+
+@pytest.mark.parametrize("answer", [3, [], ["vision.0"], "x", (layer for layer in ())])
+def test_layers_must_be_a_list_of_layers(tiny: MLLM, answer: Any) -> None:
+    with pytest.raises(AdapterError, match="'mine', hook vkd_list_distillation_layers"):
+        adapter_with(vkd_list_distillation_layers=lambda: answer).list_distillation_layers(tiny.model, tiny.modules)
+
+
+@pytest.mark.parametrize(
+    ("names", "paths", "fragment"),
+    [
+        (("a", "a"), ("model.visual", "model.visual"), "'a' occurs twice"),
+        (("a", "b"), ("model.visual", "model.vis"), "'model.vis', which the model does not have"),
+    ],
+)
+def test_layers_must_have_names_of_their_own_and_real_modules(
+    tiny: MLLM, names: tuple[str, str], paths: tuple[str, str], fragment: str
+) -> None:
+    layers = [DistillationLayer(name, path, 8, 1) for name, path in zip(names, paths, strict=True)]
+    with pytest.raises(AdapterError, match=fragment):
+        adapter_with(vkd_list_distillation_layers=lambda: layers).list_distillation_layers(tiny.model, tiny.modules)
+
+
+@pytest.mark.parametrize(
+    ("modules", "fragment"),
+    [
+        ("model.visual", "must return VisionModules, returned str"),
+        (VisionModules("model.visuals", ("model.language_model",)), r"'model\.visuals'.*did you mean 'model\.visual'"),
+        (VisionModules("model.visual", ("model.language_model", "lm_head")), "leaves the projector without"),
+        (VisionModules("model", ("lm_head",), ("model.visual.merger",)), "leaves the language model without"),
+    ],
+)
+def test_modules_must_exist_and_leave_no_part_empty(tiny: MLLM, modules: Any, fragment: str) -> None:
+    with pytest.raises(AdapterError, match=f"'mine', hook vkd_locate_vision_modules.*{fragment}"):
+        adapter_with(vkd_locate_vision_modules=lambda: modules).locate_vision_modules(tiny.model)
+
+
+def encoded(mllm: MLLM, answer: Any) -> EncodedBatch:
+    adapter = adapter_with(vkd_tokenize_pairs=lambda: answer)
+    return adapter.tokenize_pairs(mllm.processor, [asked_about(None)], mllm.stop_ids, True, "right")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"input_ids": torch.ones(1, 3)},
+        EncodedBatch({}, torch.ones(1, 3), torch.ones(1, 3)),
+        EncodedBatch({"input_ids": torch.ones(1, 3)}, torch.ones(1, 2), torch.ones(1, 3)),
+        EncodedBatch({"input_ids": torch.ones(2, 3)}, torch.ones(2, 3), torch.ones(2, 3)),
+        EncodedBatch({"input_ids": torch.ones(1, 3)}, torch.ones(1, 3), torch.zeros(1, 3)),
+        EncodedBatch({"input_ids": torch.ones(1, 3)}, [[1, 1, 1]], [[1, 1, 1]]),  # type: ignore[arg-type]
+    ],
+    ids=["dict", "no input_ids", "labels of another length", "too many rows", "no answer token", "lists"],
+)
+def test_an_encoded_batch_must_fit_its_pairs(tiny: MLLM, answer: Any) -> None:
+    with pytest.raises(AdapterError, match="'mine', hook vkd_tokenize_pairs"):
+        encoded(tiny, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        torch.zeros(4),
+        FeatureRows(torch.zeros(3, dtype=torch.long), torch.ones(4, dtype=torch.bool)),
+        FeatureRows(torch.zeros(4, dtype=torch.long), torch.ones(3, dtype=torch.bool)),
+        FeatureRows([0, 0, 0, 0], [True] * 4),  # type: ignore[arg-type]
+    ],
+    ids=["tensor", "too few samples", "too few flags", "lists"],
+)
+def test_feature_rows_must_cover_every_row(tiny: MLLM, answer: Any) -> None:
+    adapter = adapter_with(vkd_feature_rows=lambda: answer)
+    with pytest.raises(AdapterError, match="'mine', hook vkd_feature_rows"):
+        adapter.feature_rows(tiny.model, {"input_ids": torch.zeros(1, 4)}, tiny.layers[0], 4)
+
+
+@pytest.mark.parametrize("answer", [None, "model", ("model", "processor"), 3])
+def test_a_tiny_model_must_be_a_model_and_its_processor(answer: Any) -> None:
+    with pytest.raises(AdapterError, match="'mine', hook vkd_tiny_model"):
+        adapter_with(vkd_tiny_model=lambda: answer).tiny_model(["a"], 48, 0)
+
+
+def test_a_hook_that_raises_is_named_with_its_error(tiny: MLLM) -> None:
+    def broken() -> None:
+        return {}["gone"]  # type: ignore[no-any-return]
+
+    with pytest.raises(AdapterError, match="'mine', hook vkd_stop_token_ids: raised KeyError: 'gone'") as caught:
+        adapter_with(vkd_stop_token_ids=broken).stop_token_ids(tiny.model, tiny.processor)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_many_lines_is_told_in_one(tiny: MLLM) -> None:
+    def broken() -> None:
+        raise ValueError("first\nsecond\nthird")
+
+    with pytest.raises(AdapterError) as caught:
+        adapter_with(vkd_stop_token_ids=broken).stop_token_ids(tiny.model, tiny.processor)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_adapters_answer_wins_and_none_falls_back_to_the_generic_one(tiny: MLLM) -> None:
+    own = adapter_with(vkd_stop_token_ids=lambda: [42]).stop_token_ids(tiny.model, tiny.processor)
+    fallen_back = adapter_with(vkd_stop_token_ids=lambda: None).stop_token_ids(tiny.model, tiny.processor)
+    assert own == (42,)
+    assert fallen_back == adapter_with().stop_token_ids(tiny.model, tiny.processor) == tiny.stop_ids != own
+
+
+def test_an_adapter_may_reuse_a_generic_function_with_one_thing_changed(tiny: MLLM) -> None:
+    def tokenize(processor: Any, pairs: Any, stop_ids: Any, with_answer: bool, padding_side: str) -> EncodedBatch:
+        return tokenize_pairs(processor, pairs, stop_ids, with_answer, "left")
+
+    adapter = adapter_with(
+        vkd_locate_vision_modules=lambda model: locate_vision_modules(model, nested_projector=("merger",)),
+        vkd_tokenize_pairs=tokenize,
+    )
+    batch = adapter.bind(tiny.model, tiny.processor).tokenize([asked_about(None), asked_about(picture(48, 48))])
+    assert not batch.inputs["attention_mask"][0, 0]
+
+
+def test_a_model_of_another_family_is_refused(tiny: MLLM) -> None:
+    other = adapter_with(vkd_model_types=lambda: ["some_vl", "another"])
+    with pytest.raises(ModelError, match=r"'qwen2_vl', adapter 'mine' serves some_vl, another; name another adapter"):
+        other.bind(tiny.model, tiny.processor)
+
+
+def test_every_parameter_is_in_exactly_one_part(tiny: MLLM) -> None:
+    names = [name for part in tiny.parts.values() for name in part]
+    assert sorted(names) == sorted(name for name, _ in tiny.model.named_parameters())
+
+
+def test_the_merger_inside_the_encoder_belongs_to_the_projector(tiny: MLLM) -> None:
+    assert tiny.parts["projector"]
+    assert all(".merger." in name for name in tiny.parts["projector"])
+    assert not any(".merger." in name for name in tiny.parts["encoder"])
+    assert all(name.startswith("model.visual.") for name in tiny.parts["encoder"])
+
+
+def test_what_lies_between_encoder_and_language_model_is_projector() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1) for name in ("tower", "tower_extra", "text", "bridge")})
+    model.register_parameter("newline", torch.nn.Parameter(torch.ones(1)))
+    parts = partition(model, VisionModules("tower", ("text",)))
+    assert parts["encoder"] == ("tower.weight", "tower.bias")
+    assert parts["language_model"] == ("text.weight", "text.bias")
+    assert set(parts["projector"]) == {
+        "newline",
+        "bridge.weight",
+        "bridge.bias",
+        "tower_extra.weight",
+        "tower_extra.bias",
+    }
+
+
+def test_an_unknown_layer_is_answered_with_its_place_and_the_nearest(tiny: MLLM) -> None:
+    with pytest.raises(
+        RecipeError,
+        match=r"losses\.repel\.layers: 'vison\.1'.*did you mean 'vision\.1'\?.*vision\.0 to vision\.2, projector",
+    ):
+        tiny.layer("vison.1", "losses.repel.layers")
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_refused(tiny: MLLM) -> None:
+    def tokenize(processor: Any, pairs: Any, stop_ids: Any, with_answer: bool, padding_side: str) -> EncodedBatch:
+        batch = tokenize_pairs(processor, pairs, stop_ids, with_answer, padding_side)
+        if not with_answer:
+            batch.inputs["input_ids"][:, -1] += 1
+        return batch
+
+    adapter = adapter_with(
+        vkd_locate_vision_modules=lambda model: locate_vision_modules(model, nested_projector=("merger",)),
+        vkd_tokenize_pairs=tokenize,
+    )
+    with pytest.raises(ModelError, match="tokenized differently when an answer follows"):
+        adapter.bind(tiny.model, tiny.processor).check_prompt_is_prefix(asked_about(None))
+
+
+GOOD = """
+from vkd_framework.hookspecs import hookimpl
+@hookimpl
+def vkd_model_types():
+    return {types}
+"""
+ASK = """
+from vkd_framework.errors import VKDError
+from vkd_framework.plugins import adapter_for_model_type, installed_adapters, load_adapter
+def told(ask):
+    try:
+        return ask()
+    except VKDError as error:
+        return f"{{type(error).__name__}}: {{error}}"
+print({expression})
+"""
+
+
+def install(folder: Path, distribution: str, module: str, source: str, names: tuple[str, ...]) -> None:
+    """A distribution as pip leaves it: a module and a dist-info folder with entry points."""
+    (folder / f"{module}.py").write_text(source)
+    info = folder / f"{distribution}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    entries = "".join(f"{name} = {module}\n" for name in names)
+    (info / "entry_points.txt").write_text(f"[vkd_framework]\n{entries}")
+
+
+def ask(folder: Path, expression: str) -> str:
+    command = f"import sys; sys.path.insert(0, {str(folder)!r})\n{ASK.format(expression=expression)}"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_strangers_adapter_is_found_beside_the_built_in_ones(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-other", "other_vkd", GOOD.format(types=["other"]), ("other", "third"))
+    answer = ask(
+        tmp_path,
+        "[i.name for i in installed_adapters()], load_adapter('other').model_types, adapter_for_model_type('other').name",
+    )
+    names, _, rest = answer.partition("] ")
+    assert {"'other'", "'qwen_vl'", "'third'"} <= set(names.strip("[").split(", "))
+    assert rest == "('other',) other"
+
+
+def test_two_distributions_that_claim_one_name_are_both_named(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-one", "one_vkd", GOOD.format(types=["one"]), ("mine",))
+    install(tmp_path, "vkd-two", "two_vkd", GOOD.format(types=["two"]), ("mine",))
+    answer = ask(tmp_path, "told(lambda: load_adapter('mine'))")
+    assert answer.startswith("AdapterError: ")
+    assert "'mine'" in answer and "vkd-one" in answer and "vkd-two" in answer
+
+
+def test_two_distributions_that_claim_one_name_disturb_no_other_adapter(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-one", "one_vkd", GOOD.format(types=["one"]), ("mine",))
+    install(tmp_path, "vkd-two", "two_vkd", GOOD.format(types=["two"]), ("mine",))
+    assert ask(tmp_path, "told(lambda: load_adapter('qwen_vl').name)") == "qwen_vl"
+
+
+def test_an_adapter_that_raises_at_import_disturbs_no_other(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-broken", "broken_vkd", "raise RuntimeError('no licence')", ("aaa",))
+    assert ask(tmp_path, "load_adapter('qwen_vl').name, adapter_for_model_type('qwen2_vl').name") == "qwen_vl qwen_vl"
+    answer = ask(tmp_path, "told(lambda: load_adapter('aaa'))")
+    assert answer == "AdapterError: adapter 'aaa' (vkd-broken 1.0) does not import: RuntimeError: no licence"
+
+
+def test_an_adapter_that_breaks_its_contract_disturbs_no_other(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-odd", "odd_vkd", GOOD.format(types=[3]), ("aaa",))
+    assert ask(tmp_path, "told(lambda: adapter_for_model_type('qwen2_vl').name)") == "qwen_vl"
+
+
+def test_when_no_adapter_serves_a_type_the_broken_ones_are_named(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-broken", "broken_vkd", "raise RuntimeError('no licence')", ("aaa",))
+    answer = ask(tmp_path, "told(lambda: adapter_for_model_type('new_vl'))")
+    assert "'new_vl'" in answer and "qwen2_vl" in answer and "no licence" in answer
+
+
+def test_a_run_imports_no_adapter_but_its_own(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-other", "other_vkd", GOOD.format(types=["other"]), ("aaa",))
+    assert ask(tmp_path, "load_adapter('qwen_vl').name, 'other_vkd' in sys.modules") == "qwen_vl False"

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import changed, weights
+
+from vkd_framework.plugins import MLLM
+from vkd_framework.recipe import EvaluateConfig, RelearnConfig
+from vkd_framework.relearn import attack, attacker_pairs, relearn, summarise
+from vkd_framework.types import AttackCurve, Splits
+
+SHORT = EvaluateConfig(batch_size=8, max_new_tokens=4)
+
+
+def attacked(mllm: MLLM, splits: Splits, scope: str, **settings: Any) -> list[float]:
+    config = RelearnConfig.model_validate({"steps": [1, 2], "batch_size": 4, "learning_rate": 1e-2, **settings})
+    known, test = splits.forget[:4], splits.columns["test_vqa"][:4]
+    return relearn(mllm, scope, known, test, config, SHORT, seed=0, what="attack")
+
+
+@pytest.mark.parametrize("scope", ["visual", "full"])
+def test_an_attack_leaves_the_attacked_model_as_it_was(student: MLLM, splits: Splits, scope: str) -> None:
+    before = weights(student)
+    buffers = {name: buffer.clone() for name, buffer in student.model.named_buffers()}
+    scores = attacked(student, splits, scope)
+    assert len(scores) == 2
+    assert not changed(before, weights(student))
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in student.model.named_buffers())
+    assert not any(p.requires_grad or p.grad is not None for p in student.model.parameters())
+
+
+@pytest.mark.parametrize("scope", ["visual", "full"])
+def test_an_attack_trains_what_its_scope_says(
+    student: MLLM, splits: Splits, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[MLLM] = []
+    copy = MLLM.copy
+
+    def remember(self: MLLM, *args: Any, **kwargs: Any) -> MLLM:
+        copies.append(copy(self, *args, **kwargs))
+        return copies[-1]
+
+    monkeypatch.setattr(MLLM, "copy", remember)
+    before = weights(student)
+    attacked(student, splits, scope)
+    (trained,) = copies
+    moved = changed(before, weights(trained))
+    language = set(student.parts["language_model"])
+    assert moved & set(student.parts["encoder"]) and moved & set(student.parts["projector"])
+    assert bool(moved & language) == (scope == "full")
+    own, theirs = student.parameters(["language_model"]), trained.parameters(["language_model"])
+    assert all((own[name] is theirs[name]) == (scope == "visual") for name in own)
+
+
+def test_a_copy_keeps_tied_weights_tied(tiny: MLLM) -> None:
+    for copied in (tiny.copy(), tiny.copy(share=["language_model"])):
+        assert copied.model.get_output_embeddings().weight is copied.model.get_input_embeddings().weight
+
+
+def test_an_attack_with_enough_steps_learns_what_it_was_given(taught: MLLM, splits: Splits) -> None:
+    known = splits.forget[1:3]
+    config = RelearnConfig(steps=(1, 30), batch_size=2, learning_rate=2e-3)
+    first, last = relearn(taught, "full", known, known, config, SHORT, seed=0, what="attack")
+    assert last == 1.0
+    assert first < 1.0
+
+
+def test_the_attackers_pairs_are_a_deterministic_share_of_at_least_one(splits: Splits) -> None:
+    forget = splits.forget
+    for share, size in ((0.001, 1), (0.1, 3), (0.5, 15), (1.0, 30)):
+        known = attacker_pairs(forget, share, 0)
+        assert len(known) == len(set(known)) == size
+        assert set(known) <= set(forget)
+        assert known == attacker_pairs(forget, share, 0)
+    assert attacker_pairs(forget, 0.5, 0) != attacker_pairs(forget, 0.5, 1)
+    assert set(attacker_pairs(forget, 0.1, 0)) <= set(attacker_pairs(forget, 0.5, 0))
+
+
+def test_an_attack_makes_one_curve_for_each_scope_share_and_seed(splits: Splits) -> None:
+    config = RelearnConfig(shares=(0.1, 1.0), steps=(2, 5), scopes=("visual", "full"), seeds=(0, 1))
+    keys: list[str] = []
+
+    def stage(key: str, work: Callable[[MLLM], Any]) -> list[float]:
+        keys.append(key)
+        return [0.25, 0.5]
+
+    curves = attack("unlearned", config, splits.forget, splits.forget, SHORT, before=0.125, stage=stage)
+    assert len(set(keys)) == len(curves) == 8
+    assert {(c.scope, c.share, c.seed, c.pairs) for c in curves} == {
+        (scope, share, seed, pairs)
+        for scope in ("visual", "full")
+        for share, pairs in ((0.1, 3), (1.0, 30))
+        for seed in (0, 1)
+    }
+    assert all(curve.steps == (0, 2, 5) and curve.exact_match == (0.125, 0.25, 0.5) for curve in curves)
+
+
+def curve(model: str, scores: tuple[float, ...], share: float = 1.0) -> AttackCurve:
+    return AttackCurve(model, "visual", share, 4, 0, tuple(range(len(scores))), scores)
+
+
+def test_the_summary_against_a_hand_computation() -> None:
+    curves = [
+        curve("unlearned", (0.1, 0.3, 0.5)),
+        curve("unlearned", (0.1, 0.2, 0.2), share=0.5),
+        curve("retain_only", (0.0, 0.1, 0.4)),
+        curve("retain_only", (0.0, 0.1, 0.1), share=0.5),
+    ]
+    block = summarise(curves, vanilla=0.9)
+    assert block["average_recovery"] == pytest.approx((0.2 + 0.4 + 0.1 + 0.1) / 4)
+    assert block["average_gap"] == pytest.approx((0.6 + 0.4 + 0.7 + 0.7) / 4)
+    assert block["advantage_over_retain_only"] == pytest.approx((0.2 + 0.1 + 0.1 + 0.1) / 4)
+    assert len(block["curves"]) == 4
+
+
+def test_without_a_reference_there_is_no_advantage() -> None:
+    assert summarise([curve("unlearned", (0.1, 0.3))], vanilla=1.0)["advantage_over_retain_only"] is None
+
+
+def test_a_reference_that_relearns_faster_gives_a_negative_advantage() -> None:
+    block = summarise([curve("unlearned", (0.0, 0.1)), curve("retain_only", (0.0, 0.4))], vanilla=1.0)
+    assert block["advantage_over_retain_only"] == pytest.approx(-0.3)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import asked_about, changed, make_recipe, picture, weights
+
+from vkd_framework.evaluate import answer_losses
+from vkd_framework.plugins import MLLM
+from vkd_framework.recipe import Recipe, UnlearnConfig
+from vkd_framework.saliency import Mask
+from vkd_framework.types import ImageQuestionPair, Splits
+from vkd_framework.unlearn import History, Objective, active_parameters, phase_at, rate_factor, unlearn
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process in the middle of a run."""
+
+
+def unlearned(mllm: MLLM, splits: Splits, recipe: Recipe, folder: Path, mask: Mask | None = None) -> History:
+    return unlearn(mllm, recipe, splits, mask, resume=folder / "state.pt", record=lambda _: None)
+
+
+@torch.no_grad()
+def mean_loss(mllm: MLLM, pairs: tuple[ImageQuestionPair, ...]) -> float:
+    return answer_losses(mllm, pairs).mean().item()
+
+
+@pytest.mark.parametrize("train", [("encoder",), ("projector",), ("encoder", "projector")])
+def test_only_the_parts_that_are_trained_move(
+    student: MLLM, splits: Splits, tmp_path: Path, train: tuple[str, ...]
+) -> None:
+    before = weights(student)
+    unlearned(student, splits, make_recipe(train=train), tmp_path)
+    expected = {name for part in train for name in student.parts[part]}  # type: ignore[index]
+    assert changed(before, weights(student)) == expected
+
+
+def test_the_language_model_stays_bit_identical_under_weight_decay(
+    student: MLLM, splits: Splits, tmp_path: Path
+) -> None:
+    before = weights(student)
+    settings = {"steps": 3, "forget_batch": 2, "retain_batch": 2, "weight_decay": 0.5, "learning_rate": 0.01}
+    unlearned(student, splits, make_recipe(unlearn=settings), tmp_path)
+    assert not changed(before, weights(student)) & set(student.parts["language_model"])
+    assert not any(parameter.requires_grad for parameter in student.model.parameters())
+
+
+def test_forgotten_answers_become_unlikely_while_retained_ones_stay(
+    taught: MLLM, splits: Splits, tmp_path: Path
+) -> None:
+    mllm = taught.copy()
+    recipe = make_recipe(
+        losses={"forget_output": {"weight": 1.0, "cap": 20.0}},
+        unlearn={"steps": 15, "learning_rate": 1e-3, "warmup": 0, "forget_batch": 4, "retain_batch": 8},
+    )
+    retain = splits.retain[::2]
+    forget_before, retain_before = mean_loss(mllm, splits.forget), mean_loss(mllm, retain)
+    unlearned(mllm, splits, recipe, tmp_path)
+    assert mean_loss(mllm, splits.forget) > forget_before + 1.0
+    assert mean_loss(mllm, retain) < retain_before + 0.2
+
+
+def test_with_the_forget_terms_at_zero_strength_nothing_is_forgotten(
+    taught: MLLM, splits: Splits, tmp_path: Path
+) -> None:
+    mllm = taught.copy()
+    settings = {"steps": 5, "forget_batch": 4, "retain_batch": 8, "phases": [{"share": 1, "forget": 0}], "warmup": 0}
+    before = mean_loss(mllm, splits.forget)
+    unlearned(mllm, splits, make_recipe(unlearn=settings), tmp_path)
+    assert mean_loss(mllm, splits.forget) < before + 0.3
+
+
+def test_text_only_answers_do_not_change(taught: MLLM, splits: Splits, tmp_path: Path) -> None:
+    mllm = taught.copy()
+    texts = splits.columns["retain_qa"][:4]
+    batch = mllm.tokenize(texts)
+    with torch.no_grad():
+        before = mllm.model(**batch.inputs).logits
+    unlearned(mllm, splits, make_recipe(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(mllm.model(**batch.inputs).logits, before)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
+    tiny: MLLM, splits: Splits, tmp_path: Path, at: int
+) -> None:
+    settings = {"steps": 5, "warmup": 2, "forget_batch": 7, "retain_batch": 5, "weight_decay": 0.1}
+    phases = [{"share": 0.6, "forget": 1.0}, {"share": 0.4, "forget": 0.1}]
+    recipe = make_recipe(unlearn={**settings, "phases": phases, "checkpoint_every": at})
+    straight, killed, resumed = tiny.copy(), tiny.copy(), tiny.copy()
+    expected = unlearned(straight, splits, recipe, tmp_path / "straight")
+    saved: list[History] = []
+
+    def kill(history: History) -> None:
+        saved.append(list(history))
+        raise Killed
+
+    resume = tmp_path / "killed" / "state.pt"
+    with pytest.raises(Killed):
+        unlearn(killed, recipe, splits, None, resume=resume, record=kill)
+    assert saved == [expected[:at]]
+    history = unlearn(resumed, recipe, splits, None, resume=resume, record=lambda _: None)
+    assert history == expected
+    assert not changed(weights(straight), weights(resumed))
+
+
+def test_a_resumed_run_keeps_masked_weights_at_the_starting_model(tiny: MLLM, splits: Splits, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        mask={"kind": "random", "density": 0.5, "scope": "all"},
+        unlearn={"steps": 3, "forget_batch": 2, "retain_batch": 2, "checkpoint_every": 1, "weight_decay": 0.1},
+    )
+    start = tiny.parameters(("encoder", "projector"))
+    generator = torch.Generator().manual_seed(0)
+    mask = {name: torch.rand(p.shape, generator=generator) > 0.5 for name, p in start.items()}
+
+    def kill(_: History) -> None:
+        raise Killed
+
+    resumed = tiny.copy()
+    with pytest.raises(Killed):
+        unlearn(tiny.copy(), recipe, splits, mask, resume=tmp_path / "state.pt", record=kill)
+    unlearned(resumed, splits, recipe, tmp_path, mask)
+    for name, parameter in resumed.parameters(("encoder", "projector")).items():
+        assert torch.equal(parameter[~mask[name]], start[name][~mask[name]])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny: MLLM, splits: Splits, tmp_path: Path) -> None:
+    ends = []
+    for i, seed in enumerate((0, 0, 1)):
+        mllm = tiny.copy()
+        unlearned(mllm, splits, make_recipe(seed=seed), tmp_path / str(i))
+        ends.append(weights(mllm))
+    assert not changed(ends[0], ends[1])
+    assert changed(ends[0], ends[2])
+
+
+def calls_of_the_language_model(mllm: MLLM, splits: Splits, recipe: Recipe, folder: Path) -> tuple[int, History]:
+    calls: list[int] = []
+    place = mllm.model.get_submodule(mllm.modules.language_model[0])
+    handle = place.register_forward_hook(lambda *_: calls.append(1))
+    history = unlearned(mllm, splits, recipe, folder)
+    handle.remove()
+    return len(calls), history
+
+
+@pytest.mark.parametrize(
+    ("off", "passes"),
+    [
+        ((), 2),
+        (("forget_output",), 1),
+        (("retain_output",), 1),
+        (("forget_output", "retain_output"), 0),
+        (("attract", "repel"), 2),
+    ],
+)
+def test_a_weight_of_zero_switches_a_term_and_its_cost_off(
+    student: MLLM, splits: Splits, tmp_path: Path, off: tuple[str, ...], passes: int
+) -> None:
+    recipe = make_recipe(losses={term: {"weight": 0} for term in off})
+    calls, history = calls_of_the_language_model(student, splits, recipe, tmp_path)
+    assert calls == passes * recipe.unlearn.steps
+    terms = {"forget_output", "retain_output", "attract", "repel"}
+    assert all(terms & set(entry) == terms - set(off) for entry in history)
+
+
+def test_history_names_every_step_its_phase_and_its_rate(student: MLLM, splits: Splits, tmp_path: Path) -> None:
+    recipe = make_recipe()
+    history = unlearned(student, splits, recipe, tmp_path)
+    assert [entry["step"] for entry in history] == [0, 1, 2, 3]
+    assert [entry["phase"] for entry in history] == [0, 0, 1, 1]
+    assert {entry["lr"] for entry in history} == {recipe.unlearn.learning_rate}
+
+
+def test_at_the_start_student_and_teacher_agree(tiny: MLLM, splits: Splits) -> None:
+    objective = Objective(tiny, make_recipe(), splits)
+    assert objective.forget(splits.forget[:3])[1]["repel"] == pytest.approx(0, abs=1e-6)
+    assert objective.retain(splits.retain[:3])[1]["attract"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_visible_question_about_a_forgotten_person_keeps_its_answer_but_not_its_features(
+    student: MLLM, splits: Splits
+) -> None:
+    about_forgotten = [pair for pair in splits.retain if pair.subject in splits.forget_subjects]
+    about_others = [pair for pair in splits.retain if pair.subject not in splits.forget_subjects][:2]
+    assert about_forgotten
+    objective = Objective(student, make_recipe(), splits)
+    assert set(objective.retain(about_forgotten)[1]) == {"retain_output"}
+    for parameter in student.parameters(["encoder"]).values():
+        parameter.data.mul_(1.1)
+    mixed = objective.retain([*about_forgotten[:2], *about_others])[1]["attract"]
+    alone = objective.retain(about_others)[1]["attract"]
+    assert mixed == pytest.approx(alone, rel=1e-4)
+    assert alone > 0
+
+
+def test_feature_terms_use_their_own_layers_where_they_name_some(student: MLLM, splits: Splits) -> None:
+    repel = {"layers": ["vision.0"]}
+    objective = Objective(student, make_recipe(layers=["projector"], losses={"repel": repel}), splits)
+    for parameter in student.parameters(["projector"]).values():
+        parameter.data.mul_(1.1)
+    assert objective.forget(splits.forget[:2])[1]["repel"] == pytest.approx(0, abs=1e-9)
+    assert objective.retain(splits.retain[:2])[1]["attract"] > 1e-4
+
+
+def test_retain_batches_without_any_photo_are_trained_through(student: MLLM, splits: Splits, tmp_path: Path) -> None:
+    texts = splits.columns["retain_qa"]
+    only_text = Splits(splits.forget, texts, splits.columns, splits.forget_subjects, splits.subjects)
+    history = unlearned(student, only_text, make_recipe(), tmp_path)
+    assert "attract" not in history[0]
+    assert history[0]["retain_output"] > 0
+
+
+def test_photos_of_different_sizes_can_be_unlearnt_together(student: MLLM, splits: Splits, tmp_path: Path) -> None:
+    pairs = tuple(asked_about(picture(*size)) for size in ((48, 48), (32, 16), (16, 64), (20, 20)))
+    sized = Splits(pairs, pairs, splits.columns, ("nobody",), ("nobody",))
+    history = unlearned(student, sized, make_recipe(), tmp_path)
+    assert history[-1]["attract"] > 0
+
+
+def config(**changes: Any) -> UnlearnConfig:
+    return UnlearnConfig.model_validate({"steps": 100, **changes})
+
+
+def test_phases_follow_each_other_and_the_last_one_takes_the_rest() -> None:
+    thirds = [{"share": 1 / 3}, {"share": 1 / 3}, {"share": 1 / 3}]
+    phases = [phase_at(step, config(phases=thirds)) for step in range(100)]
+    assert phases == sorted(phases)
+    assert [phases.count(phase) for phase in range(3)] == [33, 34, 33]
+    assert phase_at(0, config(phases=[{"share": 1}])) == phase_at(99, config(phases=[{"share": 1}])) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_every_step_of_a_short_run_has_a_phase(steps: int) -> None:
+    settings = config(steps=steps, phases=[{"share": 0.5}, {"share": 0.5}])
+    assert {phase_at(step, settings) for step in range(steps)} <= {0, 1}
+
+
+def test_the_rate_warms_up_holds_and_falls_to_nearly_zero() -> None:
+    settings = config(warmup=10, cosine_share=0.4)
+    factors = [rate_factor(step, settings) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:61] == [1.0] * 52
+    assert factors[60:] == sorted(factors[60:], reverse=True)
+    assert 0 < factors[99] < 0.01
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_rate_is_defined_without_warm_up_and_at_both_ends_of_the_cosine(share: float) -> None:
+    factors = [rate_factor(step, config(warmup=0, cosine_share=share)) for step in range(100)]
+    assert factors[0] == 1.0
+    assert (factors[-1] == 1.0) == (share == 0.0)
+    assert all(0 <= factor <= 1 for factor in factors)
+
+
+def test_active_parameters_are_those_that_a_mask_of_scope_all_lets_move(tiny: MLLM) -> None:
+    parameters = tiny.parameters(["projector"])
+    mask = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()}
+    mask[next(iter(mask))].view(-1)[:5] = True
+    assert active_parameters(parameters, mask, "all") == 5
+    assert active_parameters(parameters, mask, "forget") == active_parameters(parameters, None, "all") > 1000
