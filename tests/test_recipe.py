@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import make_recipe
+
+from vkd_framework.errors import RecipeError
+from vkd_framework.recipe import Recipe, bundled_recipes, find_recipe, load_recipe
+
+MINIMAL = {
+    "name": "mine",
+    "adapter": "qwen_vl",
+    "data": {"kind": "celebs"},
+    "teach": {"steps": 5},
+    "layers": ["projector"],
+}
+
+
+def written(folder: Path, text: str | None = None, **changes: Any) -> Path:
+    """A recipe file: the minimal one with `changes`, or this text."""
+    path = folder / "mine.yaml"
+    path.write_text(text if text is not None else yaml.safe_dump(MINIMAL | changes), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_status == 2
+    return message
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_every_shipped_recipe_is_valid_and_round_trips(name: str) -> None:
+    recipe = load_recipe(name)
+    again = Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_a_jsonl_recipe_round_trips_with_its_paths(tmp_path: Path) -> None:
+    data = {"kind": "jsonl", "rows": "rows.jsonl", "forget": ["Jane Roe"], "images": "photos"}
+    path = written(tmp_path, data=data, teach=None, model={"source": "some/model"})
+    recipe = load_recipe(str(path))
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "unknown key": ({"unlern": {"steps": 3}}, ("unlern: unknown key", "did you mean 'unlearn'?")),
+    "unknown key below": ({"unlearn": {"step": 3}}, ("unlearn.step: unknown key", "did you mean 'steps'?")),
+    "unknown key of a term": (
+        {"losses": {"repel": {"wieght": 1}}},
+        ("losses.repel.wieght: unknown key", "did you mean 'weight'?"),
+    ),
+    "unknown key of the data": (
+        {"data": {"kind": "celebs", "peple": 3}},
+        ("data.peple: unknown key", "did you mean 'people'?"),
+    ),
+    "unknown key of a phase": (
+        {"unlearn": {"phases": [{"share": 1, "forgot": 1}]}},
+        ("unlearn.phases.0.forgot: unknown key", "did you mean 'forget'?"),
+    ),
+    "a number that is text": ({"unlearn": {"steps": "many"}}, ("unlearn.steps", "'many'")),
+    "out of range": ({"mask": {"kind": "salun", "density": 1.5}}, ("mask.density", "less than or equal to 1", "1.5")),
+    "negative weight": ({"losses": {"attract": {"weight": -1}}}, ("losses.attract.weight", "-1")),
+    "not a number": ({"unlearn": {"learning_rate": float("nan")}}, ("unlearn.learning_rate", "nan")),
+    "infinite": ({"losses": {"repel": {"weight": float("inf")}}}, ("losses.repel.weight", "inf")),
+    "no kind of data": ({"data": {"people": 8}}, ("data: kind is missing", "'celebs' or 'jsonl'")),
+    "another kind of data": ({"data": {"kind": "csv"}}, ("data", "csv", "celebs", "jsonl")),
+    "another dtype": ({"model": {"dtype": "float8"}}, ("model.dtype", "bfloat16", "float8")),
+    "another device": ({"model": {"device": "tpu"}}, ("model.device", "tpu")),
+    "no layers": ({"layers": []}, ("layers", "at least 1")),
+    "nothing trained": ({"train": []}, ("train", "at least 1")),
+    "the language model trained": ({"train": ["language_model"]}, ("train.0", "encoder", "language_model")),
+    "shares of phases": (
+        {"unlearn": {"phases": [{"share": 0.5}, {"share": 0.4}]}},
+        ("unlearn", "shares of the phases add up to 0.9", "1"),
+    ),
+    "shares of teaching": ({"teach": {"shares": {"names": 0.5}}}, ("teach", "shares add up to 0.5", "1")),
+    "two cuts": (
+        {"mask": {"kind": "ratio", "density": 0.5, "threshold": 1}},
+        ("mask", "exactly one of density and thr"),
+    ),
+    "no cut": ({"mask": {"kind": "ratio"}}, ("mask", "exactly one of density and threshold")),
+    "a cut of another kind": ({"mask": {"kind": "salun", "threshold": 1}}, ("mask", "salun takes density")),
+    "nothing forgotten": (
+        {"losses": {"forget_output": {"weight": 0}, "repel": {"weight": 0}}},
+        ("nothing would be forgotten", "losses.forget_output.weight", "losses.repel.weight"),
+    ),
+    "no teaching": ({"teach": None}, ("model.source: tiny", "`teach`")),
+    "no teaching for the reference": (
+        {"teach": None, "model": {"source": "a/b"}, "reference": "retain_only"},
+        ("reference: retain_only needs a `teach`",),
+    ),
+    "teaching from jsonl": (
+        {"data": {"kind": "jsonl", "rows": "a.jsonl", "forget": ["a"]}},
+        ("`teach` works with data.kind: celebs",),
+    ),
+    "steps that do not increase": ({"relearn": {"steps": [10, 5]}}, ("relearn", "steps must increase")),
+    "no steps": ({"relearn": {"steps": []}}, ("relearn.steps",)),
+    "no shares": ({"relearn": {"shares": []}}, ("relearn.shares",)),
+    "no scopes": ({"relearn": {"scopes": []}}, ("relearn.scopes",)),
+    "no seeds": ({"relearn": {"seeds": []}}, ("relearn.seeds",)),
+    "a name that is a path": ({"name": "../mine"}, ("name", "../mine")),
+    "a number as a section": ({"mask": 3}, ("mask", "3")),
+    "a true seed": ({"seed": 1.5}, ("seed", "1.5")),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_recipe_is_one_line_that_names_place_and_mend(tmp_path: Path, case: str) -> None:
+    changes, fragments = BROKEN[case]
+    message = refusal(written(tmp_path, **changes))
+    assert "mine.yaml: " in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize("key", ["name", "adapter", "data", "layers"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    rest = {name: value for name, value in MINIMAL.items() if name != key}
+    assert f"{key}: missing" in refusal(written(tmp_path, yaml.safe_dump(rest)))
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("name: [", "not valid YAML"),
+        ("- a\n- b\n", "this file holds list"),
+        ("", "this file holds NoneType"),
+        ("name: a\n\tb: c", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, fragment: str) -> None:
+    assert fragment in refusal(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00name")
+    assert "not valid YAML" in refusal(path)
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"qwen2vl_celebs: no such recipe file; did you mean 'qwen2vl_celeb'\?"):
+        find_recipe("qwen2vl_celebs")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    assert "no such recipe file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("seed", ("--set seed:", "key=value")),
+        ("=3", ("--set =3:", "key=value")),
+        ("unlearn.steps=[1", ("--set unlearn.steps=[1:", "not valid YAML")),
+        ("seed.deep=1", ("seed: ", "valid integer")),
+        ("name.a.b=1", ("--set name.a.b=1:", "plain value")),
+        ("layers.7=vision.1", ("--set layers.7=vision.1:", "'7'", "list of 1")),
+        ("layers.first=vision.1", ("--set layers.first=vision.1:", "'first'", "list of 1")),
+        ("reference.kind=1", ("reference", "plain value")),
+        ("unlearn.step=3", ("unlearn.step: unknown key", "did you mean 'steps'?")),
+        ("losses.repell.weight=3", ("losses.repell: unknown key", "did you mean 'repel'?")),
+        ("unlearn.steps=zero", ("unlearn.steps", "'zero'")),
+        ("unlearn.steps=", ("unlearn.steps", "None")),
+        ("mask.kind=ration", ("mask.kind", "'ratio'", "'ration'")),
+        ("layers.0=5", ("layers.0", "5")),
+    ],
+)
+def test_a_broken_override_is_one_line_that_names_place_and_mend(
+    tmp_path: Path, override: str, fragments: tuple[str, ...]
+) -> None:
+    message = refusal(written(tmp_path, reference="none"), override)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_an_override_below_a_section_that_is_switched_off_is_explained(tmp_path: Path) -> None:
+    path = written(tmp_path, teach=None, model={"source": "a/b"})
+    assert "'teach' is switched off in the recipe" in refusal(path, "teach.steps=3")
+
+
+def test_overrides_reach_every_depth_and_the_last_one_wins(tmp_path: Path) -> None:
+    overrides = (
+        "seed=3",
+        "seed=4",
+        "losses.repel.weight=0.5",
+        "unlearn.phases=[{share: 0.25}, {share: 0.75, forget: 0.5}]",
+        "unlearn.phases.0.forget=0.125",
+        "layers.0=vision.2",
+        "train=[projector]",
+        "model.source=../other",
+        "mask={kind: salun, density: 0.5}",
+    )
+    recipe = load_recipe(str(written(tmp_path)), overrides)
+    assert recipe.seed == 4
+    assert recipe.losses.repel.weight == 0.5
+    assert [phase.forget for phase in recipe.unlearn.phases] == [0.125, 0.5]
+    assert recipe.layers == ("vision.2",)
+    assert recipe.train == ("projector",)
+    assert recipe.model.source == "../other"  # from the command line: relative to the working folder
+    assert recipe.mask.density == 0.5
+
+
+def test_numbers_that_yaml_takes_for_text_become_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path, yaml.safe_dump(MINIMAL) + "unlearn: { learning_rate: 1e-4, clip: 1E2 }\n")
+    assert isinstance(yaml.safe_load("1e-4"), str)
+    recipe = load_recipe(str(path), ["relearn.learning_rate=2e-5"])
+    assert recipe.unlearn.learning_rate == 1e-4
+    assert recipe.unlearn.clip == 100.0
+    assert recipe.relearn.learning_rate == 2e-5
+
+
+def test_relative_paths_in_a_recipe_start_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"kind": "jsonl", "rows": "sub/rows.jsonl", "images": "photos", "forget": "names.txt"}
+    path = written(tmp_path, data=data, teach=None, model={"source": "./model"})
+    monkeypatch.chdir("/")
+    recipe = load_recipe(str(path))
+    assert recipe.data.kind == "jsonl"
+    assert recipe.data.rows == tmp_path / "sub" / "rows.jsonl"
+    assert recipe.data.images == tmp_path / "photos"
+    assert recipe.data.forget == tmp_path / "names.txt"
+    assert recipe.model.source == str(tmp_path / "model")
+    given = load_recipe(str(path), ["data.rows=here.jsonl", "data.forget=[Jane Roe]"])
+    assert given.data.kind == "jsonl"
+    assert given.data.rows == Path("here.jsonl")
+    assert given.data.forget == ("Jane Roe",)
+
+
+def test_a_hub_id_is_not_taken_for_a_path(tmp_path: Path) -> None:
+    path = written(tmp_path, teach=None, model={"source": "some/model"})
+    assert load_recipe(str(path)).model.source == "some/model"
+
+
+def test_an_absolute_path_stays_as_it_is(tmp_path: Path) -> None:
+    data = {"kind": "jsonl", "rows": "/data/rows.jsonl", "forget": ["Jane Roe"]}
+    recipe = load_recipe(str(written(tmp_path, data=data, teach=None, model={"source": "/models/a"})))
+    assert recipe.data.kind == "jsonl"
+    assert recipe.data.rows == Path("/data/rows.jsonl")
+    assert recipe.model.source == "/models/a"
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert set(schema["required"]) == {"name", "adapter", "data", "layers"}
+    assert all(
+        not section.get("additionalProperties", True) for section in schema["$defs"].values() if "properties" in section
+    )
+
+
+def changes_of_every_setting() -> list[dict[str, Any]]:
+    return [
+        {"seed": 1},
+        {"adapter": "other"},
+        {"model": {"dtype": "bfloat16"}},
+        {"data": {"kind": "celebs", "seed": 1}},
+        {"teach": {"steps": 6}},
+        {"teach": {"steps": 5, "shares": {"names": 1.0}}},
+        {"reference": "retain_only"},
+        {"train": ["projector"]},
+        {"layers": ["vision.1", "projector"]},
+        {"losses": {"repel": {"cap": 3}}},
+        {"losses": {"attract": {"distance": "cosine"}}},
+        {"mask": {"kind": "random", "density": 0.5}},
+        {"unlearn": {"phases": [{"share": 1, "forget": 1}]}},
+        {"evaluate": {"max_new_tokens": 3}},
+        {"relearn": {"seeds": [1]}},
+    ]
+
+
+def test_the_digest_changes_with_every_setting_and_with_nothing_else() -> None:
+    digests = [Recipe.model_validate(MINIMAL | change).digest() for change in [{}, *changes_of_every_setting()]]
+    assert len(set(digests)) == len(digests)
+    spelled_out = Recipe.model_validate(MINIMAL | {"seed": 0, "mask": {"kind": "none"}})
+    assert spelled_out.digest() == digests[0]
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_read() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        make_recipe().unlearn.steps = 3  # type: ignore[misc]

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import CAST
+from PIL import Image
+
+from vkd_framework.cache import CACHE_VARIABLE
+from vkd_framework.checkpoint import read_json, write_json
+from vkd_framework.cli import main
+from vkd_framework.errors import RecipeError
+from vkd_framework.recipe import load_recipe
+from vkd_framework.run import run
+
+RECIPE = {
+    "name": "small",
+    "adapter": "qwen_vl",
+    "data": CAST,
+    "teach": {"steps": 25, "batch_size": 8},
+    "reference": "retain_only",
+    "layers": ["vision.1", "projector"],
+    "mask": {"kind": "random", "density": 0.5, "scope": "all"},
+    "unlearn": {"steps": 6, "warmup": 0, "forget_batch": 4, "retain_batch": 4, "checkpoint_every": 4},
+    "evaluate": {"max_new_tokens": 6},
+    "relearn": {"shares": [0.05, 1.0], "steps": [1, 2], "batch_size": 4},
+}
+FILES = {
+    *("recipe.yaml", "recipe.source.yaml", "environment.json", "metrics.json", "history.jsonl", "relearn.json"),
+    *("mask.safetensors", "checkpoints", "report.html", "report.md", "model", "log.txt"),
+}
+COLUMNS = {"forget_vqa", "test_vqa", "retain_vqa", "forget_qa", "retain_qa", "realworld_vqa", "forget_visible_vqa"}
+COST = {
+    *("teach_seconds", "mask_seconds", "unlearn_seconds", "evaluate_seconds", "relearn_seconds", "total_seconds"),
+    *("peak_memory_bytes", "trainable_parameters", "active_parameters", "total_parameters", "mask_bytes"),
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that went through, with everything it wrote."""
+
+    recipe: str
+    metrics: dict[str, Any]
+    folder: Path
+    cache: Path
+
+    def copy(self, target: Path) -> Path:
+        shutil.copytree(self.folder, target)
+        return target
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    base = tmp_path_factory.mktemp("run")
+    path = base / "small.yaml"
+    path.write_text(f"# my notes\n{yaml.safe_dump(RECIPE)}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(base / "cache"))
+        metrics, folder = run(str(path), out=base / "out")
+        yield Finished(str(path), metrics, folder, base / "cache")
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics without what differs from run to run: times and memory."""
+    varying = {name for name in COST if name.endswith("_seconds")} | {"peak_memory_bytes"}
+    cost = {name: value for name, value in metrics["cost"].items() if name not in varying}
+    return {**metrics, "cost": cost}
+
+
+def test_the_run_directory_holds_what_the_contract_says_and_nothing_else(finished: Finished) -> None:
+    assert {path.name for path in finished.folder.iterdir()} == FILES
+    left_over = [path for path in finished.folder.rglob("*") if path.suffix in (".tmp", ".pt")]
+    assert left_over == []
+    assert (finished.folder / "model" / "README.md").read_text().startswith("---")
+    assert (finished.folder / "recipe.source.yaml").read_text() == Path(finished.recipe).read_text()
+
+
+def test_the_written_recipe_repeats_the_run(finished: Finished) -> None:
+    again = load_recipe(str(finished.folder / "recipe.yaml"))
+    assert again.digest() == load_recipe(finished.recipe).digest()
+
+
+def test_metrics_have_the_keys_and_types_of_the_contract(finished: Finished) -> None:
+    metrics = read_json(finished.folder / "metrics.json")
+    assert metrics == json.loads(json.dumps(finished.metrics))
+    assert {"schema", "recipe", "adapter", "method", "seed", "models", "proofs", "relearn", "cost"} <= set(metrics)
+    assert (metrics["schema"], metrics["recipe"], metrics["adapter"]) == (1, "small", "qwen_vl")
+    assert set(metrics["models"]) == {"vanilla", "unlearned", "retain_only"}
+    for columns in metrics["models"].values():
+        assert set(columns) == COLUMNS
+        for cell in columns.values():
+            for figure in ("exact_match", "choice_accuracy", "rouge_l", "answer_probability"):
+                assert isinstance(cell[figure], float) and 0 <= cell[figure] <= 1
+            low, high = cell["interval_95"]
+            assert low <= cell["exact_match"] <= high
+            assert isinstance(cell["n"], int) and cell["n"] > 0
+    assert set(metrics["cost"]) == COST
+    assert all(isinstance(metrics["cost"][name], float if name.endswith("_seconds") else int) for name in COST)
+
+
+def test_cost_counts_what_was_trained_and_what_could_move(finished: Finished) -> None:
+    cost = finished.metrics["cost"]
+    assert 0 < cost["active_parameters"] == pytest.approx(cost["trainable_parameters"] / 2, abs=1)
+    assert cost["trainable_parameters"] < cost["total_parameters"]
+    assert cost["mask_bytes"] == (finished.folder / "mask.safetensors").stat().st_size
+    assert cost["mask_bytes"] < cost["trainable_parameters"] / 8 + 20_000
+    parts = [name for name in COST if name.endswith("_seconds") and name != "total_seconds"]
+    assert sum(cost[name] for name in parts) == pytest.approx(cost["total_seconds"])
+
+
+def test_every_proof_holds(finished: Finished) -> None:
+    assert finished.metrics["proofs"] == {
+        "text_only_max_logit_difference": 0.0,
+        "frozen_parameters_identical": True,
+        "masked_parameters_identical": True,
+        "reload_identical": True,
+    }
+
+
+def test_text_only_columns_are_exactly_those_of_the_vanilla_model(finished: Finished) -> None:
+    models = finished.metrics["models"]
+    for column in ("forget_qa", "retain_qa"):
+        assert models["unlearned"][column] == models["vanilla"][column]
+    assert models["unlearned"]["forget_vqa"] != models["vanilla"]["forget_vqa"]
+
+
+def test_the_attack_is_reported_whole(finished: Finished) -> None:
+    block = finished.metrics["relearn"]
+    assert read_json(finished.folder / "relearn.json") == json.loads(json.dumps(block))
+    assert all(math.isfinite(block[name]) for name in set(block) - {"curves"})
+    assert set(block) == {"average_recovery", "average_gap", "advantage_over_retain_only", "curves"}
+    assert {(c["model"], c["scope"], c["share"]) for c in block["curves"]} == {
+        (model, scope, share)
+        for model in ("unlearned", "retain_only")
+        for scope in ("visual", "full")
+        for share in (0.05, 1.0)
+    }
+    for curve in block["curves"]:
+        assert curve["steps"] == [0, 1, 2] or curve["steps"] == (0, 1, 2)
+        assert curve["exact_match"][0] == finished.metrics["models"][curve["model"]]["test_vqa"]["exact_match"]
+
+
+def test_history_has_a_line_a_step(finished: Finished) -> None:
+    lines = [json.loads(line) for line in (finished.folder / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6))
+    assert all({"forget_output", "retain_output", "attract", "repel"} <= set(line) for line in lines)
+
+
+def test_the_report_needs_no_second_file_and_names_the_forgotten(finished: Finished) -> None:
+    html = (finished.folder / "report.html").read_text()
+    assert "data:image/" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert "small" in (finished.folder / "report.md").read_text()
+
+
+LOAD = """
+import sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, info = AutoModelForImageTextToText.from_pretrained(sys.argv[1], output_loading_info=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+content = [{"type": "image"}, {"type": "text", "text": "What is the hobby of this person?"}]
+text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+inputs = processor(text=[text], images=[Image.open(sys.argv[2])], return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+assert out.shape[1] > inputs["input_ids"].shape[1]
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert not [name for name in sys.modules if name.startswith("vkd_")]
+"""
+
+
+def test_anybody_can_load_the_model_without_vkd_and_generate(finished: Finished, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((48, 48), 50).convert("RGB").save(photo)
+    command = [sys.executable, "-c", LOAD, str(finished.folder / "model"), str(photo)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["metrics.json", "report.html"],
+        ["metrics.json", "relearn.json", "checkpoints/relearn-*", "checkpoints/evaluate-unlearned.json"],
+        [
+            "metrics.json",
+            "checkpoints/unlearn.json",
+            "model",
+            "history.jsonl",
+            "checkpoints/relearn-unlearned-full-1-0.json",
+        ],
+        ["checkpoints/mask.json", "mask.safetensors", "checkpoints/unlearn.json"],
+    ],
+    ids=["report", "evaluation", "model", "mask"],
+)
+def test_a_resumed_run_ends_with_the_figures_of_an_uninterrupted_one(
+    finished: Finished, tmp_path: Path, lost: list[str]
+) -> None:
+    out = finished.copy(tmp_path / "out")
+    for pattern in lost:
+        found = list(out.glob(pattern))
+        assert found
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    metrics, folder = run(finished.recipe, out=out, resume=True)
+    assert folder == out
+    assert figures(json.loads(json.dumps(metrics))) == figures(read_json(finished.folder / "metrics.json"))
+    assert {path.name for path in out.iterdir()} == FILES
+
+
+def test_what_is_finished_is_not_done_again(finished: Finished, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "out")
+    kept = [out / "model" / "model.safetensors", out / "mask.safetensors", *out.glob("checkpoints/*")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    run(finished.recipe, out=out, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
+def test_another_seed_starts_from_the_same_taught_model(finished: Finished, tmp_path: Path) -> None:
+    taught = sorted(finished.cache.glob("taught/*/model.safetensors"))
+    assert len(taught) == 2  # vanilla and retain-only
+    before = {path: path.stat().st_mtime_ns for path in taught}
+    settings = (
+        "seed=1",
+        "relearn={shares: [0.05], steps: [1], scopes: [visual]}",
+        "reference=none",
+        "mask={kind: none}",
+    )
+    metrics, folder = run(finished.recipe, settings, out=tmp_path / "out")
+    assert sorted(finished.cache.glob("taught/*/model.safetensors")) == taught
+    assert {path: path.stat().st_mtime_ns for path in taught} == before
+    assert metrics["models"]["vanilla"] == finished.metrics["models"]["vanilla"]
+    assert metrics["models"]["unlearned"] != finished.metrics["models"]["unlearned"]
+    assert metrics["proofs"]["masked_parameters_identical"] is None
+    assert metrics["relearn"]["advantage_over_retain_only"] is None
+    assert metrics["cost"]["mask_bytes"] == 0
+    assert not (folder / "mask.safetensors").exists()
+
+
+def test_a_deleted_cache_is_filled_again_on_resume(finished: Finished, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "out")
+    (out / "checkpoints" / "evaluate-vanilla.json").unlink()
+    moved = tmp_path / "moved"
+    shutil.move(finished.cache, moved)
+    try:
+        metrics, _ = run(finished.recipe, out=out, resume=True)
+    finally:
+        shutil.rmtree(finished.cache, ignore_errors=True)
+        shutil.move(moved, finished.cache)
+    assert metrics["models"] == finished.metrics["models"]
+
+
+def test_a_run_is_not_resumed_with_other_settings(finished: Finished, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "out")
+    with pytest.raises(RecipeError, match="holds no run of this recipe with these settings"):
+        run(finished.recipe, ("seed=1",), out=out, resume=True)
+    assert read_json(out / "metrics.json")["seed"] == 0
+
+
+def test_an_existing_run_is_not_written_over(finished: Finished) -> None:
+    before = (finished.folder / "metrics.json").stat().st_mtime_ns
+    with pytest.raises(RecipeError, match="exists already; add --resume"):
+        run(finished.recipe, out=finished.folder)
+    assert (finished.folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_resume_without_out_finds_the_latest_run_of_the_recipe(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished.copy(tmp_path / "runs" / "small-20200101-000000")
+    (tmp_path / "runs" / "small-20990101-000000").mkdir()
+    (tmp_path / "runs" / "small-20990101-000000" / "recipe.yaml").write_text("name: small\n")
+    _, folder = run(finished.recipe, resume=True)
+    assert folder == Path("runs/small-20200101-000000")
+
+
+@pytest.mark.parametrize(
+    ("proof", "value"), [("frozen_parameters_identical", False), ("text_only_max_logit_difference", 1e-9)]
+)
+def test_a_failed_proof_fails_the_run_after_the_report_is_written(
+    finished: Finished, tmp_path: Path, proof: str, value: object
+) -> None:
+    out = finished.copy(tmp_path / "out")
+    marker = out / "checkpoints" / "unlearn.json"
+    stage = read_json(marker)
+    stage["result"]["proofs"][proof] = value
+    write_json(marker, stage)
+    for name in ("metrics.json", "report.html", "report.md"):
+        (out / name).unlink()
+    done = CliRunner().invoke(main, ["run", finished.recipe, "--out", str(out), "--resume"])
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert proof in line and "must not be used" in line
+    assert (out / "report.html").exists() and (out / "report.md").exists()
+    assert read_json(out / "metrics.json")["proofs"][proof] == value
