@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `vkd` itself does, and before torch is imported
 
 from vkd_framework import data
 from vkd_framework.cache import CACHE_VARIABLE
