@@ -20,7 +20,7 @@ from vkd_framework.checkpoint import atomic_path
 from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM
-from vkd_framework.progress import Progress
+from vkd_framework.progress import Progress, say
 from vkd_framework.recipe import MaskConfig
 from vkd_framework.types import ImageQuestionPair
 
@@ -78,22 +78,17 @@ def build_mask(
     def saliency(pairs: Sequence[ImageQuestionPair], squared: bool, what: str) -> dict[str, Tensor]:
         return accumulate(mllm, pairs, parameters, squared=squared, batch_size=batch_size, what=what)
 
-    if config.kind == "ratio":
-        scores = ratio_scores(
-            saliency(forget, True, "saliency of the forget set"),
-            saliency(retain, True, "saliency of the retain set"),
-            config.granularity,
-        )
-    elif config.kind == "salun":
-        gradients = saliency(forget, False, "saliency of the forget set")
-        scores = {name: _by_unit(g.abs(), config.granularity) for name, g in gradients.items()}
+    if config.kind == "random":
+        scores = _random_scores(parameters, config.granularity, generator)
     else:
-        noise = {
-            name: torch.rand(p.shape if config.granularity == "weight" else p.shape[:1], generator=generator)
-            for name, p in parameters.items()
-        }
-        scores = {name: n.to(parameters[name].device) for name, n in noise.items()}
-        scores = {name: _spread(score, parameters[name].shape) for name, score in scores.items()}
+        of_forget = saliency(forget, config.kind == "ratio", "saliency of the forget set")
+        if silent := without_gradient(of_forget):
+            say(f"mask: no gradient reaches {', '.join(silent)}; they count as 0")
+        if config.kind == "ratio":
+            of_retain = saliency(retain, True, "saliency of the retain set")
+            scores = ratio_scores(of_forget, of_retain, config.granularity)
+        else:
+            scores = {name: _by_unit(g.abs(), config.granularity) for name, g in of_forget.items()}
     mask = cut(scores, density=config.density, threshold=config.threshold)
     kept, size = count(mask), sum(m.numel() for m in mask.values())
     if kept in (0, size):
@@ -173,6 +168,16 @@ def load_mask(path: Path, expected: Mapping[str, nn.Parameter]) -> Mask:
 def without_gradient(scores: Mapping[str, Tensor]) -> list[str]:
     """Names of the parameters whose saliency is 0 everywhere."""
     return [name for name, score in scores.items() if not bool(score.any())]
+
+
+def _random_scores(
+    parameters: Mapping[str, nn.Parameter], granularity: str, generator: torch.Generator
+) -> dict[str, Tensor]:
+    scores = {}
+    for name, parameter in parameters.items():
+        drawn = parameter.shape if granularity == "weight" else parameter.shape[:1]
+        scores[name] = _spread(torch.rand(drawn, generator=generator).to(parameter.device), parameter.shape)
+    return scores
 
 
 def _by_unit(score: Tensor, granularity: str) -> Tensor:
