@@ -132,6 +132,11 @@ def test_the_teacher_does_not_follow_the_student(student: MLLM, pairs: list[Imag
     assert not torch.allclose(tapped(student, pairs)["projector"].rows, before)
 
 
+def test_the_teachers_features_carry_no_gradient(student: MLLM, pairs: list[ImageQuestionPair]) -> None:
+    student.model.requires_grad_(True)
+    assert not Teacher(student, ["projector"], pairs).rows("projector", pairs).requires_grad
+
+
 def test_a_teacher_without_layers_holds_nothing(tiny: MLLM, pairs: list[ImageQuestionPair]) -> None:
     assert Teacher(tiny, [], pairs).bytes == 0
     assert Teacher(tiny, ["projector"], pairs).bytes > 0

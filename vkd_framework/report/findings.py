@@ -165,7 +165,7 @@ def attack_sentence(metrics: Mapping[str, Any]) -> str:
     if round(100 * advantage, 1) == 0:
         return f"{text} After the same attack, a model that never knew these people answers equally well."
     side = "more" if advantage > 0 else "less"
-    return f"{text} It then answers {amount} {side} than a model that never knew these people after the same attack."
+    return f"{text} It then scores {amount} {side} than a model that never knew these people, attacked alike."
 
 
 def proof_rows(metrics: Mapping[str, Any]) -> list[Proof]:
