@@ -63,14 +63,14 @@ def few(splits: Splits) -> Splits:
 def knowing(tiny: MLLM, few: Splits, tmp_path_factory: pytest.TempPathFactory) -> MLLM:
     """`tiny` after it learnt `few` by heart."""
     mllm = tiny.copy()
-    config = TeachConfig.model_validate({"steps": 60, "batch_size": 10, "shares": {"facts": 1}})
+    config = TeachConfig.model_validate({"steps": 40, "batch_size": 10, "shares": {"facts": 1}})
     resume = tmp_path_factory.mktemp("knowing") / "state.pt"
     teach(mllm, {"facts": (*few.forget, *few.retain)}, config, what="teach", resume=resume)
     return mllm
 
 
 def forgetting(**phase: float) -> Recipe:
-    settings = {"steps": 20, "learning_rate": 1e-3, "warmup": 0, "forget_batch": 5, "retain_batch": 10}
+    settings = {"steps": 20, "learning_rate": 3e-3, "warmup": 0, "forget_batch": 5, "retain_batch": 5}
     return make_recipe(unlearn={**settings, "phases": [{"share": 1, **phase}]})
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,37 @@ class Commands(click.Group):
         from vkd_framework.recipe import nearest
 
         if args and args[0] not in self.commands and not args[0].startswith("-"):
-            ctx.fail(f"no command {args[0]!r}{nearest(args[0], self.commands)} (see vkd --help)")
+            ctx.fail(f"no command {args[0]!r}{nearest(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Usage errors too are one line, with where to read on; click would print the usage above it."""
+        try:
+            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "vkd"
+            click.echo(f"error: {error.format_message().rstrip('.')}; see `{where} --help`", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("error: stopped; go on with --resume", err=True)
+            sys.exit(1)
+        if standalone_mode:
+            sys.exit(result if isinstance(result, int) else 0)
+        return result
 
     def invoke(self, ctx: click.Context) -> Any:
         """Turn errors that are meant for the user into one line and an exit status."""
         try:
             return super().invoke(ctx)
         except VKDError as error:
-            if ctx.params.get("debug"):
+            if ctx.find_root().params.get("debug"):
                 raise
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_status)

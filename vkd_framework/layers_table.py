@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,12 @@ def inspect(source: str) -> dict[str, Any]:
     versions = [importlib.metadata.version(name) for name in ("vkd-framework", "transformers", "torch")]
     adapters = [(a.name, a.distribution, a.version) for a in installed_adapters()]
     kept = cache_folder() / "layers" / f"{digest([config, versions, adapters])}.json"
-    if not kept.exists():
-        write_json(kept, rows(describe(source)))
-    found: dict[str, Any] = read_json(kept)
+    with suppress(OSError, ValueError):
+        found: dict[str, Any] = read_json(kept)
+        return found
+    found = rows(describe(source))
+    with suppress(OSError):
+        write_json(kept, found)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,18 +38,18 @@ class Installed:
     module: str
     distribution: str
     version: str
+    rival: str | None = None
+    """Another distribution that claims the same name."""
 
 
 def installed_adapters() -> list[Installed]:
-    """All registered adapters, by name. Raises AdapterError when two distributions claim one name."""
+    """All registered adapters, by name; a name claimed twice is an error only for whoever asks for it."""
     found: dict[str, Installed] = {}
     for entry in sorted(importlib.metadata.entry_points(group=PROJECT), key=lambda entry: entry.name):
         distribution, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
-        other = found.setdefault(entry.name, Installed(entry.name, entry.value, distribution, version)).distribution
-        if other != distribution:
-            raise AdapterError(
-                f"adapter {entry.name!r} is registered by both {other} and {distribution}; uninstall one of them"
-            )
+        first = found.setdefault(entry.name, Installed(entry.name, entry.value, distribution, version))
+        if first.distribution != distribution:
+            found[entry.name] = replace(first, rival=distribution)
     return list(found.values())
 
 
@@ -61,13 +61,17 @@ def load_adapter(name: str) -> Adapter:
             f"adapter {name!r} is not installed{nearest(name, known)}; "
             f"installed: {', '.join(known) or 'none'} (see `vkd adapters`)"
         )
+    if rival := known[name].rival:
+        raise AdapterError(
+            f"adapter {name!r} is registered by both {known[name].distribution} and {rival}; uninstall one of them"
+        )
     entry = next(iter(importlib.metadata.entry_points(group=PROJECT, name=name)))
     try:
         plugin = entry.load()
     except Exception as error:
         raise AdapterError(
             f"adapter {name!r} ({known[name].distribution} {known[name].version}) does not import: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {_one_line(error)}"
         ) from error
     return Adapter(name, plugin)
 
@@ -79,12 +83,13 @@ def adapter_for_model_type(model_type: str) -> Adapter:
     for installed in installed_adapters():
         try:
             adapter = load_adapter(installed.name)
+            types = adapter.model_types
         except AdapterError as error:
             broken.append(str(error))
             continue
-        if model_type in adapter.model_types:
+        if model_type in types:
             return adapter
-        served += adapter.model_types
+        served += types
     trouble = f"; these could not be asked: {'; '.join(broken)}" if broken else ""
     raise AdapterError(f"no installed adapter serves model type {model_type!r} (served: {', '.join(served)}){trouble}")
 
@@ -122,7 +127,7 @@ class Adapter:
     def model_types(self) -> tuple[str, ...]:
         """The `config.model_type` values served."""
         types = self._ask("vkd_model_types")
-        if isinstance(types, str) or not types or not all(isinstance(item, str) for item in types):
+        if not _is_list_of(str, types):
             raise self._offence("vkd_model_types", f"must return a non-empty list of strings, returned {types!r}")
         return tuple(types)
 
@@ -130,8 +135,8 @@ class Adapter:
     def presets(self) -> dict[str, dict[str, Any]]:
         """Hub id -> config.json of well-known checkpoints."""
         presets = self._ask("vkd_model_presets")
-        if not isinstance(presets, Mapping):
-            raise self._offence("vkd_model_presets", f"must return a mapping, returned {type(presets).__name__}")
+        if not isinstance(presets, Mapping) or not all(isinstance(config, Mapping) for config in presets.values()):
+            raise self._offence("vkd_model_presets", f"must return hub id -> config mapping, returned {presets!r}")
         return {name: dict(config) for name, config in presets.items()}
 
     def load(self, source: str, dtype: torch.dtype, device: str) -> MLLM:
@@ -177,7 +182,7 @@ class Adapter:
         """The distillation layers; names are checked to be unique and paths to exist."""
         hook = "vkd_list_distillation_layers"
         layers = self._ask(hook, model=model, modules=modules)
-        if not layers or not all(isinstance(layer, DistillationLayer) for layer in layers):
+        if not _is_list_of(DistillationLayer, layers):
             raise self._offence(hook, f"must return a non-empty list of DistillationLayer, returned {layers!r}")
         known = {name for name, _ in model.named_modules()}
         names = [layer.name for layer in layers]
@@ -191,7 +196,7 @@ class Adapter:
     def stop_token_ids(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[int, ...]:
         """The ids that end an answer."""
         ids = self._ask("vkd_stop_token_ids", model=model, processor=processor)
-        if not ids or not all(isinstance(item, int) for item in ids):
+        if not _is_list_of(int, ids):
             raise self._offence("vkd_stop_token_ids", f"must return a non-empty list of ints, returned {ids!r}")
         return tuple(ids)
 
@@ -214,7 +219,9 @@ class Adapter:
             with_answer=with_answer,
             padding_side=padding_side,
         )
-        ids = batch.inputs["input_ids"]
+        ids = batch.inputs.get("input_ids")
+        if not all(hasattr(tensor, "shape") for tensor in (ids, batch.labels, batch.content)) or ids is None:
+            raise self._offence(hook, "must return tensors for inputs['input_ids'], labels and content")
         if batch.labels.shape != ids.shape or batch.content.shape != ids.shape or len(ids) != len(pairs):
             raise self._offence(
                 hook,
@@ -232,6 +239,8 @@ class Adapter:
         """Which sample each feature row belongs to; the shapes are checked."""
         hook = "vkd_feature_rows"
         assigned = self._expect(hook, FeatureRows, model=model, inputs=inputs, layer=layer, rows=rows)
+        if not all(hasattr(tensor, "shape") for tensor in (assigned.sample, assigned.real)):
+            raise self._offence(hook, "must return tensors for sample and real")
         if assigned.sample.shape != (rows,) or assigned.real.shape != (rows,):
             raise self._offence(
                 hook,
@@ -246,7 +255,7 @@ class Adapter:
         except (AdapterError, ModelError):
             raise
         except Exception as error:
-            raise self._offence(hook, f"raised {type(error).__name__}: {error}") from error
+            raise self._offence(hook, f"raised {type(error).__name__}: {_one_line(error)}") from error
         if answer is None:
             raise self._offence(hook, "gave no answer, and there is no generic one")
         return answer
@@ -270,6 +279,20 @@ class Adapter:
         names = [name for name in dir(hookspecs) if name.startswith("vkd_")]
         unknown = [name for name in dir(plugin) if name.startswith("vkd_") and name not in names]
         return nearest(unknown[0], names) if unknown else ""
+
+
+def _is_list_of(kind: type, answer: object) -> bool:
+    """Whether a hook's answer is a non-empty sequence of `kind`; a generator would be empty the second time."""
+    return (
+        isinstance(answer, Sequence)
+        and not isinstance(answer, str)
+        and len(answer) > 0
+        and all(isinstance(item, kind) for item in answer)
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def partition(model: nn.Module, modules: VisionModules) -> dict[Part, tuple[str, ...]]:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
+from pydantic import ValidationError
 
 import vkd_framework
 from vkd_framework import data, proofs, relearn, report, saliency
@@ -58,7 +60,10 @@ def run(
     _check_model(recipe, adapter)
     splits = data.load(recipe.data)
     folder = _run_folder(recipe, out, resume)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
     with log_to(folder / "log.txt"):
         people = f"{len(splits.forget_subjects)} of {len(splits.subjects)} people are to be forgotten"
         say(f"{recipe.name}: {people}; results in {folder}")
@@ -94,9 +99,7 @@ def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
         return folder
     candidates = [out] if out else sorted(Path("runs").glob(f"{recipe.name}-*"), reverse=True)
     for folder in candidates:
-        if (folder / "recipe.yaml").is_file() and Recipe.model_validate(
-            _yaml(folder / "recipe.yaml")
-        ).digest() == recipe.digest():
+        if _recipe_of(folder) == recipe.digest():
             return folder
     if out and out.exists() and any(out.iterdir()):
         raise RecipeError(
@@ -109,10 +112,12 @@ def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     )
 
 
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+def _recipe_of(folder: Path) -> str | None:
+    """The digest of the recipe that a run folder was made with; None where there is none to be read."""
+    try:
+        return Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))).digest()
+    except (OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError):
+        return None
 
 
 @dataclass(frozen=True)
