@@ -103,13 +103,13 @@ def test_losses_of_options_do_not_depend_on_how_they_are_batched(tiny: MLLM, mix
 def test_a_choice_is_right_when_the_answer_has_the_lowest_loss() -> None:
     pair = replace(asked_about(None, answer="chess"), options=("chess", "yoga"))
     free = asked_about(None, answer="chess")
-    losses = [{"chess": 1.0, "yoga": 2.0}, {"yoga": 0.5, "chess": 1.0}, {"chess": 9.0}]
-    cell = score([pair, pair, free], ["Chess", "yoga", "no idea"], losses)
-    assert cell.choice_accuracy == 0.5
-    assert cell.exact_match == pytest.approx(1 / 3)
-    assert cell.answer_probability == pytest.approx((2 * math.exp(-1) + math.exp(-9)) / 3)
-    assert cell.interval_95 == wilson(1, 3)
-    assert cell.n == 3
+    losses = [{"chess": 1.0, "yoga": 2.0}, {"yoga": 0.5, "chess": 1.0}, {"yoga": 1.5, "chess": 1.0}, {"chess": 9.0}]
+    cell = score([pair, pair, pair, free], ["Chess", "yoga", "yoga", "no idea"], losses)
+    assert cell.choice_accuracy == pytest.approx(2 / 3)
+    assert cell.exact_match == 1 / 4
+    assert cell.answer_probability == pytest.approx((3 * math.exp(-1) + math.exp(-9)) / 4)
+    assert cell.interval_95 == wilson(1, 4)
+    assert cell.n == 4
 
 
 def test_without_options_there_is_no_choice_accuracy() -> None:

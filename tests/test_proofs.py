@@ -54,13 +54,13 @@ def test_trained_weights_may_move(student: MLLM, splits: Splits) -> None:
     assert before.everything != after.everything
 
 
-def test_a_flipped_bit_in_a_frozen_weight_is_found(student: MLLM, splits: Splits) -> None:
-    for name, parameter in student.parameters(["language_model"]).items():
+def test_a_flipped_bit_in_any_frozen_weight_is_found(student: MLLM, splits: Splits) -> None:
+    frozen = list(student.parameters(["language_model"]).values())
+    for parameter in (frozen[0], frozen[len(frozen) // 2], frozen[-1]):
         before = seen(student, splits)
         flip_a_bit(parameter, parameter.numel() - 1)
         after = seen(student, splits)
-        assert "frozen_parameters_identical" in failed(compare(before, after, after, masked=False)), name
-        break
+        assert "frozen_parameters_identical" in failed(compare(before, after, after, masked=False))
 
 
 def test_a_flipped_bit_in_a_masked_weight_is_found_and_one_in_a_free_weight_is_not(
