@@ -17,6 +17,8 @@ from vkd_framework.plugins import MLLM, load_adapter
 from vkd_framework.recipe import CelebsData, Recipe, TeachConfig
 from vkd_framework.types import ImageQuestionPair, Photo, Splits
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a test module first imports transformers
+
 CAST = {
     "kind": "celebs",
     "people": 6,
@@ -34,7 +36,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or fills the user's cache, subprocesses included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 

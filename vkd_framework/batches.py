@@ -35,7 +35,7 @@ class MixedBatches:
         self._parts = [
             Batches(pairs, sizes[name], seed + i)
             for i, (name, pairs) in enumerate(sets.items())
-            if pairs and sizes[name]
+            if pairs and sizes.get(name)
         ]
 
     def batch(self, step: int) -> list[ImageQuestionPair]:

@@ -76,6 +76,10 @@ class Stages:
             write_json(path, {"seconds": seconds, "peak_memory_bytes": self._peak_memory(), "result": result})
         return read_json(path)["result"]
 
+    def forget(self, name: str) -> None:
+        """Have a stage done again, because a file it left is gone."""
+        (self._folder / f"{name}.json").unlink(missing_ok=True)
+
     def seconds(self, prefix: str = "") -> float:
         """How long the finished stages whose names begin with `prefix` took."""
         return sum(float(read_json(path)["seconds"]) for path in self._folder.glob(f"{prefix}*.json"))

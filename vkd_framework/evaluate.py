@@ -67,7 +67,7 @@ def score(pairs: Sequence[ImageQuestionPair], answers: Sequence[str], losses: Se
 @torch.inference_mode()
 def exact_match(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig) -> float:
     """The share of greedy answers that are right, and nothing else: what an attack is scored by."""
-    answers = generate(mllm, pairs, config, what="")
+    answers = generate(mllm, pairs, config, what="answers under attack")
     return sum(normalise(a) == normalise(pair.answer) for pair, a in zip(pairs, answers, strict=True)) / len(pairs)
 
 

@@ -58,8 +58,8 @@ def run(
     recipe = load_recipe(reference, overrides)
     adapter = load_adapter(recipe.adapter)
     _check_model(recipe, adapter)
-    splits = data.load(recipe.data)
     folder = _run_folder(recipe, out, resume)
+    splits = data.load(recipe.data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -187,6 +187,8 @@ class Run:
         config = self.recipe.mask
         if config.kind == "none":
             return
+        if not (self.folder / "mask.safetensors").exists():
+            self.stages.forget("mask")
 
         def work() -> dict[str, Any]:
             mllm = self._load(vanilla)

@@ -127,7 +127,7 @@ def mask_gradients(parameters: Mapping[str, nn.Parameter], mask: Mask) -> None:
     """Zero the gradients of the weights that may not move."""
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            parameter.grad.mul_(mask[name])
+            parameter.grad.masked_fill_(~mask[name], 0)
 
 
 def restore_masked(parameters: Mapping[str, nn.Parameter], mask: Mask, start: Mapping[str, Tensor]) -> None:
