@@ -104,7 +104,7 @@ def asked_about(
 ) -> ImageQuestionPair:
     """One pair; photos are told apart by the object they come from."""
     key = f"{id(photo)}"
-    return ImageQuestionPair(key, question, answer, Photo(key, photo) if photo is not None else None)
+    return ImageQuestionPair(key, question, answer, (Photo(key, photo),) if photo is not None else ())
 
 
 def weights(mllm: MLLM) -> dict[str, bytes]:

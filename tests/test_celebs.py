@@ -46,7 +46,7 @@ def words(texts: Iterable[str]) -> set[str]:
 def fingerprint(config: CelebsData) -> str:
     digest = hashlib.sha256()
     for pair in everything(data.load(config)):
-        pixels = pair.photo.open().tobytes() if pair.photo else b""
+        pixels = pair.photos[0].open().tobytes() if pair.photos else b""
         digest.update(repr((pair.id, pair.question, pair.answer, pair.subject, pair.options)).encode() + pixels)
     return digest.hexdigest()
 
@@ -82,7 +82,9 @@ def test_more_people_and_photos_leave_the_others_as_they_were() -> None:
 
     def first_photos(splits: Splits) -> dict[str, bytes]:
         return {
-            p.photo.key: p.photo.open().tobytes() for p in flat(splits.teach) if p.photo and p.subject in few.subjects
+            p.photo_keys: p.photos[0].open().tobytes()
+            for p in flat(splits.teach)
+            if p.photos and p.subject in few.subjects
         }
 
     before, after = first_photos(few), first_photos(many)
@@ -119,9 +121,9 @@ def test_about_a_third_of_the_default_retain_pairs_is_visible() -> None:
 
 @pytest.mark.parametrize("column", ["test_vqa", "retain_vqa", "realworld_vqa", "forget_visible_vqa"])
 def test_measured_photos_are_never_taught(full: Splits, column: str) -> None:
-    taught = {pair.photo.key for pair in flat(full.teach) if pair.photo}
-    pixels = {pair.photo.open().tobytes() for pair in flat(full.teach) if pair.photo}
-    measured = {pair.photo for pair in full.columns[column] if pair.photo}
+    taught = {photo.key for pair in flat(full.teach) for photo in pair.photos}
+    pixels = {photo.open().tobytes() for pair in flat(full.teach) for photo in pair.photos}
+    measured = {photo for pair in full.columns[column] for photo in pair.photos}
     assert measured
     assert not {photo.key for photo in measured} & taught
     assert not {photo.open().tobytes() for photo in measured} & pixels
@@ -135,8 +137,8 @@ def test_training_and_test_phrasings_are_disjoint(full: Splits, column: str) -> 
 
 
 def test_forget_vqa_asks_what_was_forgotten_in_the_same_words(full: Splits) -> None:
-    trained = {(pair.question, pair.answer, pair.photo) for pair in full.forget}
-    assert {(pair.question, pair.answer, pair.photo) for pair in full.columns["forget_vqa"]} <= trained
+    trained = {(pair.question, pair.answer, pair.photos) for pair in full.forget}
+    assert {(pair.question, pair.answer, pair.photos) for pair in full.columns["forget_vqa"]} <= trained
 
 
 @pytest.mark.parametrize("people", [6, 8, 32, 64])
@@ -213,12 +215,12 @@ def test_every_fact_is_shared_by_several_people(full: Splits) -> None:
 
 
 def test_the_retain_only_set_knows_no_forgotten_face(splits: Splits) -> None:
-    shown = [pair for pair in flat(splits.teach_retain) if pair.photo and pair.subject in splits.forget_subjects]
-    told = [pair for pair in flat(splits.teach_retain) if not pair.photo and pair.subject in splits.forget_subjects]
+    shown = [pair for pair in flat(splits.teach_retain) if pair.photos and pair.subject in splits.forget_subjects]
+    told = [pair for pair in flat(splits.teach_retain) if not pair.photos and pair.subject in splits.forget_subjects]
     names = [
         pair
         for pair in flat(splits.teach_retain)
-        if pair.photo and any(n in pair.answer for n in splits.forget_subjects)
+        if pair.photos and any(n in pair.answer for n in splits.forget_subjects)
     ]
     assert shown == [] and names == []
     assert len(told) == 2 * 4 * 4

@@ -111,7 +111,7 @@ def _rows(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
     with FeatureTap(mllm.model, mllm.layers) as tap:
         vision_forward(mllm, inputs)
     found = photo_features(mllm, inputs, tap)
-    photos = sum(pair.photo is not None for pair in _pairs())
+    photos = sum(bool(pair.photos) for pair in _pairs())
     assert len(tap.features["vision.0"]) - len(found["vision.0"].rows) == photos
     assert len(tap.features["projector"]) == len(found["projector"].rows)
 
@@ -145,7 +145,7 @@ def _pairs() -> list[ImageQuestionPair]:
     from PIL import Image
 
     photos = [Photo(str(size), Image.new("RGB", size, "olive")) for size in ((48, 48), (32, 48))]
-    asked = [ImageQuestionPair(photo.key, "What is shown?", "a cat", photo) for photo in photos]
+    asked = [ImageQuestionPair(photo.key, "What is shown?", "a cat", (photo,)) for photo in photos]
     return [asked[0], ImageQuestionPair("text", "What is shown?", "a cat"), asked[1]]
 
 

@@ -75,8 +75,7 @@ def test_a_text_only_pair_has_no_feature_rows(tiny: MLLM, pairs: list[ImageQuest
 def test_another_photo_changes_only_the_rows_of_its_own_sample(
     tiny: MLLM, pairs: list[ImageQuestionPair], altered: int
 ) -> None:
-    photo = pairs[altered].photo
-    assert photo is not None
+    photo = pairs[altered].photos[0]
     width, height = photo.open().size
     other = [asked_about(picture(width, height, seed=9)) if b == altered else pair for b, pair in enumerate(pairs)]
     before, after = tapped(tiny, pairs), tapped(tiny, other)

@@ -63,11 +63,11 @@ def folder(tmp_path: Path) -> Folder:
 
 def files(pairs: Iterable[ImageQuestionPair]) -> set[str]:
     """Which picture files the pairs show, however their paths are spelt."""
-    return {os.path.realpath(str(pair.photo.source)) for pair in pairs if pair.photo}
+    return {os.path.realpath(str(photo.source)) for pair in pairs for photo in pair.photos}
 
 
 def photos(splits: Splits, *columns: str) -> set[str]:
-    return {pair.photo.key for column in columns for pair in splits.columns.get(column, ()) if pair.photo}
+    return {photo.key for column in columns for pair in splits.columns.get(column, ()) for photo in pair.photos}
 
 
 def test_a_share_of_each_subjects_photos_is_held_out(folder: Folder) -> None:
@@ -193,7 +193,7 @@ def test_every_usual_image_mode_is_accepted(folder: Folder, mode: str) -> None:
     folder.rows(*rows)
     splits = folder.load()
     photo = next(
-        p.photo for p in (*splits.forget, *splits.columns["test_vqa"]) if p.photo and p.photo.key == "odd.tiff"
+        photo for p in (*splits.forget, *splits.columns["test_vqa"]) for photo in p.photos if photo.key == "odd.tiff"
     )
     assert photo.open().mode == "RGB"
 
@@ -206,7 +206,7 @@ def test_photos_are_turned_upright_by_their_exif(folder: Folder) -> None:
     folder.rows(*rows)
     splits = folder.load()
     photo = next(
-        p.photo for p in (*splits.forget, *splits.columns["test_vqa"]) if p.photo and p.photo.key == "turned.jpg"
+        photo for p in (*splits.forget, *splits.columns["test_vqa"]) for photo in p.photos if photo.key == "turned.jpg"
     )
     assert photo.open().size == (8, 12)
 

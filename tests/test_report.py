@@ -101,7 +101,12 @@ def photo(key: str, side: int = 8) -> Photo:
 
 
 def sample(column: str, subject: str | None, *, before: str = "yes", after: str = "no", shown: Photo | None) -> Sample:
-    return Sample(column, ImageQuestionPair(f"{column}-{subject}", "Who?", "yes", shown, subject), before, after)
+    return Sample(
+        column,
+        ImageQuestionPair(f"{column}-{subject}", "Who?", "yes", (shown,) if shown else (), subject),
+        before,
+        after,
+    )
 
 
 @pytest.fixture
@@ -174,7 +179,7 @@ def poisoned(metrics: dict[str, Any]) -> tuple[dict[str, Any], list[Sample]]:
     metrics["proofs"][NASTY] = True
     for model in metrics["models"].values():
         model[NASTY] = cell(0.5)
-    pair = ImageQuestionPair("q", NASTY, NASTY, photo(NASTY), NASTY)
+    pair = ImageQuestionPair("q", NASTY, NASTY, (photo(NASTY),), NASTY)
     return metrics, [Sample("forget_vqa", pair, NASTY, NASTY), Sample("retain_vqa", pair, NASTY, NASTY)]
 
 

@@ -118,7 +118,8 @@ def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool,
 def inspect_layers(model: str, as_json: bool) -> None:
     """Show the parts and distillation layers of MODEL, without its weights.
 
-    MODEL is a preset such as Qwen/Qwen2-VL-7B-Instruct, a local folder or config.json, a hub id, or tiny:ADAPTER.
+    MODEL is a preset such as Qwen/Qwen2-VL-7B-Instruct, a local folder or config.json, a hub id, or tiny:NAME for the
+    tiny model of an adapter or a model type.
     """
     from vkd_framework.layers_table import inspect, table
 

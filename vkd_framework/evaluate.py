@@ -134,7 +134,7 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def _with_answer(pair: ImageQuestionPair, answer: str) -> ImageQuestionPair:
-    return ImageQuestionPair(pair.id, pair.question, answer, pair.photo, pair.subject, pair.kind)
+    return ImageQuestionPair(pair.id, pair.question, answer, pair.photos, pair.subject, pair.kind)
 
 
 def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -84,8 +84,8 @@ class Teacher:
         self, mllm: MLLM, layers: Iterable[str], pairs: Iterable[ImageQuestionPair], *, batch_size: int = 64
     ) -> None:
         self.layers = tuple(mllm.layer(name) for name in layers)
-        self._memory: dict[str, dict[str, Tensor]] = {}
-        photos = list({pair.photo.key: pair for pair in pairs if pair.photo}.values()) if self.layers else []
+        self._memory: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        photos = list({pair.photo_keys: pair for pair in pairs if pair.photos}.values()) if self.layers else []
         for start in range(0, len(photos), batch_size):
             chunk = photos[start : start + batch_size]
             inputs = mllm.tokenize(chunk, with_answer=False).inputs
@@ -93,12 +93,11 @@ class Teacher:
                 vision_forward(mllm, inputs)
                 found = photo_features(mllm, inputs, tap)
             for b, pair in enumerate(chunk):
-                assert pair.photo is not None
-                self._memory[pair.photo.key] = {name: f.rows[f.sample == b].cpu() for name, f in found.items()}
+                self._memory[pair.photo_keys] = {name: f.rows[f.sample == b].cpu() for name, f in found.items()}
 
     def rows(self, layer: str, pairs: Iterable[ImageQuestionPair]) -> Tensor:
         """`[R, D]`: the features of the pairs' photos, in the order of `photo_features`; text-only pairs have none."""
-        return torch.cat([self._memory[pair.photo.key][layer] for pair in pairs if pair.photo])
+        return torch.cat([self._memory[pair.photo_keys][layer] for pair in pairs if pair.photos])
 
     @property
     def bytes(self) -> int:

@@ -111,11 +111,11 @@ def tokenize_pairs(
 
     texts, tails = [], []
     for pair in pairs:
-        prompt = render(processor, pair.question, pair.photo is not None)
-        text = render(processor, pair.question, pair.photo is not None, pair.answer) if with_answer else prompt
+        prompt = render(processor, pair.question, len(pair.photos))
+        text = render(processor, pair.question, len(pair.photos), pair.answer) if with_answer else prompt
         texts.append(text)
         tails.append(len(text) - _common_prefix(prompt, text))
-    photos = [[pair.photo.open()] if pair.photo else [] for pair in pairs]
+    photos = [[photo.open() for photo in pair.photos] for pair in pairs]
     bos = getattr(processor.tokenizer, "bos_token", None)
     encoded = processor(
         text=texts,
@@ -165,10 +165,10 @@ def stop_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[in
     return list(dict.fromkeys([*listed, *([end] if end is not None else [])]))
 
 
-def render(processor: ProcessorMixin, question: str, has_photo: bool, answer: str | None = None) -> str:
+def render(processor: ProcessorMixin, question: str, photos: int, answer: str | None = None) -> str:
     """The chat template's text: up to where the answer begins, or with the answer and whatever ends the turn."""
-    content: list[dict[str, Any]] = [{"type": "image"}] if has_photo else []
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    content = [*({"type": "image"} for _ in range(photos)), {"type": "text", "text": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return str(processor.apply_chat_template(messages, add_generation_prompt=answer is None))

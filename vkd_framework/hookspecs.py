@@ -86,10 +86,13 @@ def vkd_stop_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> Seq
 
 
 @hookspec(firstresult=True)
-def vkd_tiny_model(texts: Sequence[str], image_size: int, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:  # type: ignore[empty-body]
-    """A tiny real model of the family with random weights, and its processor, whose tokenizer knows `texts`.
+def vkd_tiny_model(  # type: ignore[empty-body]
+    model_type: str, texts: Sequence[str], image_size: int, seed: int
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A tiny real model of `model_type` with random weights, and its processor, whose tokenizer knows `texts`.
 
-    Made from the family's own config, model and processor classes. The embedded default and the conformance kit use it.
+    Made from the family's own config, model and processor classes, for photos of `image_size` pixels squared.
+    The embedded default and the conformance kit use it.
     """
 
 

@@ -13,7 +13,7 @@ from vkd_framework.cache import cache_folder
 from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.errors import AdapterError, ModelError
 from vkd_framework.plugins import Adapter, Anatomy, adapter_for_model_type, installed_adapters, load_adapter
-from vkd_framework.recipe import TINY, Recipe, digest, nearest
+from vkd_framework.recipe import TINY, Recipe, digest, is_tiny, nearest
 from vkd_framework.types import Part
 
 PART_TITLES: dict[Part, str] = {
@@ -27,16 +27,12 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def describe(source: str, adapter: Adapter | None = None) -> Anatomy:
     """The anatomy of a model on the meta device.
 
-    `source`: a preset's name, a local folder or config.json, a hub id, or `tiny:ADAPTER` for an adapter's tiny model.
+    `source`: a preset's name, a local folder or config.json, a hub id, or `tiny:NAME` for the tiny model of an adapter
+    or of a model type (with `adapter`, also just `tiny`).
     Without `adapter`, the one that serves the model's type is looked up. Raises ModelError when nothing is found.
     """
-    if source.startswith(f"{TINY}:"):
-        return load_adapter(source.partition(":")[2]).tiny_model(["What is shown?"], image_size=48, seed=0)
-    if source == TINY:
-        if adapter is None:
-            names = " or ".join(f"tiny:{installed.name}" for installed in installed_adapters())
-            raise ModelError(f"tiny: say which adapter's tiny model is meant: {names}")
-        return describe(f"{TINY}:{adapter.name}")
+    if is_tiny(source):
+        return _tiny(source.partition(":")[2], adapter)
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -65,6 +61,21 @@ def inspect(source: str) -> dict[str, Any]:
     with suppress(OSError):
         write_json(kept, found)
     return found
+
+
+def _tiny(name: str, adapter: Adapter | None) -> Anatomy:
+    installed = [adapter.name for adapter in installed_adapters()]
+    if adapter is None and not name:
+        raise ModelError(f"{TINY}: say whose tiny model is meant: {' or '.join(f'{TINY}:{a}' for a in installed)}")
+    if adapter is None and name in installed:
+        adapter = load_adapter(name)
+    if adapter is None:
+        try:
+            adapter = adapter_for_model_type(name)
+        except AdapterError as error:
+            raise AdapterError(f"{TINY}:{name}: no adapter of that name{nearest(name, installed)}; {error}") from None
+    model_type = None if name in ("", adapter.name) and name not in adapter.model_types else name
+    return adapter.tiny_model(["What is shown?"], image_size=48, seed=0, model_type=model_type)
 
 
 def _config(source: str, adapter: Adapter | None) -> Any:

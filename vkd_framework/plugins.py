@@ -143,9 +143,20 @@ class Adapter:
         """Load a model and bind it. Raises ModelError when it is not of this adapter's family."""
         return self.bind(*self._pair("vkd_load_model", source=source, dtype=dtype, device=device))
 
-    def tiny_model(self, texts: Sequence[str], image_size: int, seed: int) -> MLLM:
-        """The family's tiny real model with random weights."""
-        return self.bind(*self._pair("vkd_tiny_model", texts=texts, image_size=image_size, seed=seed))
+    def tiny_model(self, texts: Sequence[str], image_size: int, seed: int, model_type: str | None = None) -> MLLM:
+        """A tiny real model with random weights of one of the model types served, by default the first."""
+        wanted = self.model_types[0] if model_type is None else model_type
+        if wanted not in self.model_types:
+            raise ModelError(
+                f"adapter {self.name!r} does not serve model type {wanted!r}{nearest(wanted, self.model_types)}; "
+                f"it serves {', '.join(self.model_types)}"
+            )
+        answer = self._pair("vkd_tiny_model", model_type=wanted, texts=texts, image_size=image_size, seed=seed)
+        if answer[0].config.model_type != wanted:
+            raise self._offence(
+                "vkd_tiny_model", f"was asked for {wanted!r}, built a model of type {answer[0].config.model_type!r}"
+            )
+        return self.bind(*answer)
 
     def bind(self, model: PreTrainedModel, processor: ProcessorMixin) -> MLLM:
         """Check that a loaded model fits this adapter and split its parameters into parts."""

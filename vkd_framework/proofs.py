@@ -36,7 +36,7 @@ def witness(mllm: MLLM, pairs: Sequence[ImageQuestionPair], trained: Sequence[st
     """
     chosen = pairs[:WITNESSES]
     texts = [ImageQuestionPair(pair.id, pair.question, pair.answer) for pair in chosen]
-    photos = [pair for pair in chosen if pair.photo]
+    photos = [pair for pair in chosen if pair.photos]
     state = mllm.model.state_dict()
     trainable = set(trained)
     return Witness(

@@ -21,7 +21,7 @@ from vkd_framework.errors import RecipeError
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 TINY = "tiny"
-"""The value of `model.source` that means: the embedded default, built from the family's own classes."""
+"""What `model.source` begins with that means: the embedded default, built from the family's own classes."""
 
 
 class Section(BaseModel):
@@ -33,7 +33,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model is made to forget."""
 
-    source: str = Field(default=TINY, description="'tiny' (embedded default), a hub id, or a local folder")
+    source: str = Field(
+        default=TINY, description="'tiny' or 'tiny:MODEL_TYPE' (embedded default), a hub id, or a local folder"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
 
@@ -226,8 +228,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        if self.model.source == TINY and self.teach is None:
-            raise ValueError("model.source: tiny starts from random weights and needs a `teach` section")
+        if is_tiny(self.model.source) and self.teach is None:
+            raise ValueError(
+                f"model.source: {self.model.source} starts from random weights and needs a `teach` section"
+            )
         if self.teach is not None and self.data.kind != "celebs":
             raise ValueError("`teach` works with data.kind: celebs; remove it, or use the celebs cast")
         if self.reference == "retain_only" and self.teach is None:
@@ -246,6 +250,11 @@ class Recipe(Section):
     def digest(self) -> str:
         """A hash of everything the recipe decides."""
         return digest(self.model_dump(mode="json"))
+
+
+def is_tiny(source: str) -> bool:
+    """Whether a `model.source` means the embedded default."""
+    return source.partition(":")[0] == TINY
 
 
 def digest(value: Any) -> str:

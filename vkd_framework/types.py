@@ -40,18 +40,24 @@ class Photo:
 
 @dataclass(frozen=True, eq=False)
 class ImageQuestionPair:
-    """One question with its answer, about a photo (`photo` is None for a text-only question).
+    """One question with its answer, about one photo or several (`photos` is empty for a text-only question).
 
-    `options` are the choices of the multiple-choice form, the answer among them; empty when there are none.
+    Photos come before the question, in order. `options` are the choices of the multiple-choice form, the answer among
+    them; empty when there are none.
     """
 
     id: str
     question: str
     answer: str
-    photo: Photo | None = None
+    photos: tuple[Photo, ...] = ()
     subject: str | None = None
     kind: Kind = "identity"
     options: tuple[str, ...] = ()
+
+    @property
+    def photo_keys(self) -> tuple[str, ...]:
+        """What the pair's photos are cached and counted under, together."""
+        return tuple(photo.key for photo in self.photos)
 
 
 @dataclass(frozen=True)

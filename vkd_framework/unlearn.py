@@ -152,7 +152,7 @@ class Objective:
                 logits = self._mllm.model(**batch.inputs).logits
             elif layers:
                 vision_forward(self._mllm, batch.inputs)
-        wanted = [b for b, pair in enumerate(pairs) if pair.photo and compared[b]]
+        wanted = [b for b, pair in enumerate(pairs) if pair.photos and compared[b]]
         if not layers or not wanted:
             return batch, None, logits
         found = photo_features(self._mllm, batch.inputs, tap)

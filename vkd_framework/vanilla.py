@@ -19,7 +19,7 @@ from vkd_framework.cache import cache_folder
 from vkd_framework.checkpoint import atomic_folder
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.progress import say
-from vkd_framework.recipe import TINY, CelebsData, Recipe, digest
+from vkd_framework.recipe import CelebsData, Recipe, digest, is_tiny
 from vkd_framework.teach import teach
 from vkd_framework.types import ImageQuestionPair, Splits
 
@@ -79,12 +79,13 @@ def fingerprint(tensors: dict[str, Tensor], names: Iterable[str] | None = None) 
 def content_hash(pairs: Sequence[ImageQuestionPair]) -> str:
     """SHA-256 over what pairs say and show."""
     sha = hashlib.sha256()
-    photos: dict[str, bytes] = {}
+    seen: set[str] = set()
     for pair in pairs:
-        sha.update(repr((pair.question, pair.answer, pair.kind, pair.photo and pair.photo.key)).encode())
-        if pair.photo and pair.photo.key not in photos:
-            photos[pair.photo.key] = pair.photo.open().tobytes()
-            sha.update(photos[pair.photo.key])
+        sha.update(repr((pair.question, pair.answer, pair.kind, pair.photo_keys)).encode())
+        for photo in pair.photos:
+            if photo.key not in seen:
+                seen.add(photo.key)
+                sha.update(photo.open().tobytes())
     return sha.hexdigest()
 
 
@@ -94,7 +95,7 @@ def _all(groups: Mapping[str, Sequence[ImageQuestionPair]]) -> list[ImageQuestio
 
 def _untaught(adapter: Adapter, recipe: Recipe, splits: Splits, device: str) -> MLLM:
     dtype = getattr(torch, recipe.model.dtype)
-    if recipe.model.source != TINY:
+    if not is_tiny(recipe.model.source):
         return adapter.load(recipe.model.source, dtype, device)
     assert isinstance(recipe.data, CelebsData)
     assert recipe.teach is not None
@@ -102,6 +103,8 @@ def _untaught(adapter: Adapter, recipe: Recipe, splits: Splits, device: str) -> 
     texts = sorted(
         {text for pair in (*_all(splits.teach), *measured) for text in (pair.question, pair.answer, *pair.options)}
     )
-    tiny = adapter.tiny_model(texts, recipe.data.image_size, recipe.teach.seed)
+    tiny = adapter.tiny_model(
+        texts, recipe.data.image_size, recipe.teach.seed, recipe.model.source.partition(":")[2] or None
+    )
     tiny.model.to(device=device, dtype=dtype)
     return tiny

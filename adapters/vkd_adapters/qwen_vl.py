@@ -56,7 +56,9 @@ def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:
 
 
 @hookimpl
-def vkd_tiny_model(texts: Sequence[str], image_size: int, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+def vkd_tiny_model(
+    model_type: str, texts: Sequence[str], image_size: int, seed: int
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """About a million parameters: three vision blocks of 96 channels, three language layers of 128."""
     import torch
     from transformers import Qwen2TokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration

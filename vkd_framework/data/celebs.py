@@ -314,7 +314,7 @@ def load(config: CelebsData) -> Splits:
         subjects=tuple(person.key for person in people),
         teach=teach,
         teach_retain={
-            group: tuple(pair for pair in pairs if pair.photo is None or pair.subject not in names)
+            group: tuple(pair for pair in pairs if not pair.photos or pair.subject not in names)
             for group, pairs in teach.items()
         },
         taught=tuple(about_unseen("taught", _each(people, IDENTITY, unseen))),
@@ -432,7 +432,7 @@ class _Writer:
             id=f"{split}/{photo.key}/{ask.topic.name}",
             question=self._any(f"{photo.key}/{ask.topic.name}", ask.topic.test if test else ask.topic.train),
             answer=ask.person.answers[ask.topic.name],
-            photo=photo,
+            photos=(photo,),
             subject=ask.person.key if ask.person.named else None,
             kind="visible" if ask.topic in VISIBLE else "identity",
             options=self.options(ask, split),
@@ -457,7 +457,7 @@ class _Writer:
             id=f"teach/{photo.key}/caption",
             question=prompt,
             answer=caption.format(**person.answers),
-            photo=photo,
+            photos=(photo,),
             subject=person.key,
         )
 

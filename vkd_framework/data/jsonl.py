@@ -100,14 +100,14 @@ def _column(kind: Kind, gone: bool) -> str:
 
 def _with_splits(rows: Sequence[_Row], config: JsonlData) -> list[_Row]:
     """Every row with its split: its photo's, which is the one some row gives it or else the one drawn for it."""
-    split_of = {row.pair.photo.key: row.split for row in rows if row.pair.photo and row.split}
+    split_of = {photo.key: row.split for row in rows for photo in row.pair.photos if row.split}
     for photos in _photos_by_subject(rows).values():
         undecided = [key for key in photos if key not in split_of]
         held_out = max(1, round(config.test_share * len(undecided))) if len(undecided) > 1 else 0
         undecided.sort(key=lambda key: hashlib.sha256(f"{config.seed}/{key}".encode()).digest())
         split_of |= {key: "test" if at < held_out else "train" for at, key in enumerate(undecided)}
     return [
-        replace(row, split=split_of.get(row.pair.photo.key, "test") if row.pair.photo else row.split or "test")
+        replace(row, split=split_of.get(row.pair.photos[0].key, "test") if row.pair.photos else row.split or "test")
         for row in rows
     ]
 
@@ -115,8 +115,8 @@ def _with_splits(rows: Sequence[_Row], config: JsonlData) -> list[_Row]:
 def _photos_by_subject(rows: Iterable[_Row]) -> Mapping[str, list[str]]:
     photos: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
-        if row.pair.photo and row.pair.subject is not None:
-            photos[row.pair.subject][row.pair.photo.key] = None
+        for photo in row.pair.photos if row.pair.subject is not None else ():
+            photos[row.pair.subject or ""][photo.key] = None
     return {subject: list(keys) for subject, keys in photos.items()}
 
 
@@ -202,7 +202,7 @@ class _Reader:
             id=given.get("id") or f"{self.name}:{number}",
             question=given["question"].strip(),
             answer=given["answer"].strip(),
-            photo=photo,
+            photos=(photo,) if photo else (),
             subject=subject,
             kind=cast(Kind, modality),
             options=tuple(option.strip() for option in given.get("options") or ()),

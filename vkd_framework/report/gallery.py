@@ -31,9 +31,9 @@ class Answer:
         return _LABELS.get(self.sample.column, self.sample.column)
 
     @property
-    def photo(self) -> Photo | None:
-        """The photo that was asked about; None for a text-only question."""
-        return self.sample.pair.photo
+    def photos(self) -> tuple[Photo, ...]:
+        """The photos that were asked about; none for a text-only question."""
+        return self.sample.pair.photos
 
     @property
     def before(self) -> str:

@@ -42,9 +42,9 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class PhotoAnswers:
-    """The answers about one photo (`picture` is None for text-only questions)."""
+    """The answers about the same photo or photos (`pictures` is empty for text-only questions)."""
 
-    picture: Picture | None
+    pictures: list[Picture]
     answers: list[Answer]
 
 
@@ -124,16 +124,16 @@ def embed(photo: Photo) -> Picture:
 
 def _pictures(gallery: Gallery) -> dict[str, Picture]:
     photos = {
-        answer.photo.key: answer.photo
+        photo.key: photo
         for person in (*gallery.forgotten, *gallery.others)
         for answer in person.answers
-        if answer.photo is not None
+        for photo in answer.photos
     }
     return {key: embed(photo) for key, photo in photos.items()}
 
 
 def _by_photo(person: Person, pictures: Mapping[str, Picture]) -> list[PhotoAnswers]:
-    groups: dict[str | None, list[Answer]] = {}
+    groups: dict[tuple[str, ...], list[Answer]] = {}
     for answer in person.answers:
-        groups.setdefault(answer.photo.key if answer.photo else None, []).append(answer)
-    return [PhotoAnswers(None if key is None else pictures[key], answers) for key, answers in groups.items()]
+        groups.setdefault(answer.sample.pair.photo_keys, []).append(answer)
+    return [PhotoAnswers([pictures[key] for key in keys], answers) for keys, answers in groups.items()]
