@@ -77,14 +77,18 @@ def locate_vision_modules(model: PreTrainedModel, nested_projector: Sequence[str
 
 
 def list_distillation_layers(model: PreTrainedModel, modules: VisionModules) -> list[DistillationLayer]:
-    """The encoder's blocks, found as its largest uniform ModuleList of the configured depth, then the projector."""
+    """The encoder's blocks, found as its largest uniform ModuleList of the configured depth, then the projector.
+
+    Where the config has a `vision_feature_layer`, blocks after the last one it names do not reach the language model.
+    """
     encoder = model.get_submodule(modules.encoder)
     config = getattr(encoder, "config", None)
     depth = _first_attribute(config, DEPTH_NAMES)
-    path, blocks = _block_list(encoder, depth)
+    path, blocks = _block_list(model, modules, depth)
     width = _first_attribute(config, WIDTH_NAMES)
+    reaching = _blocks_that_reach(model, len(blocks))
     layers = [
-        DistillationLayer(f"vision.{i}", f"{modules.encoder}.{path}.{i}", width, _count(block))
+        DistillationLayer(f"vision.{i}", f"{modules.encoder}.{path}.{i}", width, _count(block), i < reaching)
         for i, block in enumerate(blocks)
     ]
     projector = modules.projector or _between(model, modules)
@@ -105,14 +109,17 @@ def tokenize_pairs(
 
     The answer is whatever the full text has behind the prompt; its tokens are those that end after the prompt's last
     character, counted from the end so that the processor may expand image tokens in front of it. Labels stop at the
-    first stop token.
+    first stop token; where a template writes none after an answer, it is added, or the model would never learn to stop.
     """
     import torch
 
+    stop = processor.tokenizer.convert_ids_to_tokens(stop_ids[0])
     texts, tails = [], []
     for pair in pairs:
         prompt = render(processor, pair.question, len(pair.photos))
         text = render(processor, pair.question, len(pair.photos), pair.answer) if with_answer else prompt
+        if with_answer and stop not in text[_common_prefix(prompt, text) :]:
+            text = text[: text.rindex(pair.answer) + len(pair.answer)] + stop
         texts.append(text)
         tails.append(len(text) - _common_prefix(prompt, text))
     photos = [[photo.open() for photo in pair.photos] for pair in pairs]
@@ -130,10 +137,9 @@ def tokenize_pairs(
     ends = inputs.pop("offset_mapping")[..., 1] * inputs["attention_mask"]
     starts_of_answer = ends.amax(dim=1) - torch.tensor(tails)
     answer = (ends > starts_of_answer[:, None]) & inputs["attention_mask"].bool()
-    stop = answer & torch.isin(inputs["input_ids"], torch.tensor(list(stop_ids)))
-    stops_before = stop.cumsum(dim=1) - stop.long()
-    answer &= stops_before == 0
-    return EncodedBatch(inputs, inputs["input_ids"].masked_fill(~answer, IGNORED), answer & ~stop)
+    stops = answer & torch.isin(inputs["input_ids"], torch.tensor(list(stop_ids)))
+    answer &= stops.cumsum(dim=1) - stops.long() == 0
+    return EncodedBatch(inputs, inputs["input_ids"].masked_fill(~answer, IGNORED), answer & ~stops)
 
 
 def feature_rows(
@@ -158,11 +164,15 @@ def feature_rows(
 
 
 def stop_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
-    """The ids of the generation config and the tokenizer's end token."""
+    """What the chat template writes after an answer, then the ids of the generation config and the end token."""
+    prompt, answer = render(processor, "?", 0), "."
+    tail = render(processor, "?", 0, answer)[len(prompt) :].partition(answer)[2].strip()
+    tokenizer = processor.tokenizer
+    written = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special and tail == token.content]
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = [ids] if isinstance(ids, int) else list(ids or ())
-    end = processor.tokenizer.eos_token_id
-    return list(dict.fromkeys([*listed, *([end] if end is not None else [])]))
+    end = tokenizer.eos_token_id
+    return list(dict.fromkeys([*written, *listed, *([end] if end is not None else [])]))
 
 
 def render(processor: ProcessorMixin, question: str, photos: int, answer: str | None = None) -> str:
@@ -203,13 +213,18 @@ def _first_attribute(config: Any, names: Sequence[str]) -> int | None:
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
-def _block_list(encoder: nn.Module, depth: int | None) -> tuple[str, nn.ModuleList]:
+def _block_list(model: PreTrainedModel, modules: VisionModules, depth: int | None) -> tuple[str, nn.ModuleList]:
     from torch import nn
 
+    encoder = model.get_submodule(modules.encoder)
+    projector = tuple(f"{path}." for path in modules.projector)
     lists = [
         (name, module)
         for name, module in encoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and len({type(block) for block in module}) == 1
+        and not f"{modules.encoder}.{name}.".startswith(projector)
     ]
     candidates = [item for item in lists if len(item[1]) == depth] or lists
     if not candidates:
@@ -218,6 +233,14 @@ def _block_list(encoder: nn.Module, depth: int | None) -> tuple[str, nn.ModuleLi
             "(vkd_list_distillation_layers)"
         )
     return max(candidates, key=lambda item: _count(item[1]))
+
+
+def _blocks_that_reach(model: PreTrainedModel, depth: int) -> int:
+    """How many blocks the language model sees the work of; `vision_feature_layer` counts the embeddings as 0."""
+    chosen = getattr(model.config, "vision_feature_layer", None)
+    if chosen is None:
+        return depth
+    return max(index % (depth + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
 
 
 def _between(model: PreTrainedModel, modules: VisionModules) -> tuple[str, ...]:

@@ -1,0 +1,86 @@
+"""Idefics2, Idefics3 and SmolVLM.
+
+model.vision_model    SigLIP; Idefics2: [pictures, patches, D], padded to the largest; the others: [tiles, patches, D]
+model.connector       projector; Idefics2: a resampler to a fixed number of tokens; the others: pixel shuffle
+model.text_model      language model, with lm_head beside `model`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vkd_framework import generic, tiny
+from vkd_framework.hookspecs import hookimpl
+from vkd_framework.types import DistillationLayer, FeatureRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, ProcessorMixin
+
+IMAGE, FAKE, GLOBAL, STOP = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
+TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}{{ message['role'].capitalize() }}:"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@hookimpl
+def vkd_model_types() -> Sequence[str]:
+    """The three architectures."""
+    return ["idefics3", "idefics2", "smolvlm"]
+
+
+@hookimpl
+def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:
+    """Published sizes."""
+    presets: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return presets
+
+
+@hookimpl
+def vkd_feature_rows(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int
+) -> FeatureRows:
+    """Idefics2 pads pictures to the largest of the batch; patches that are not wholly picture are not real."""
+    assigned = generic.feature_rows(model, inputs, layer, rows)
+    if model.config.model_type != "idefics2" or layer.name == "projector":
+        return assigned
+    patch = model.config.vision_config.patch_size
+    picture = inputs["pixel_values"].flatten(0, 1).flatten(1).any(dim=1)  # what only fills up the batch is all zero
+    mask = inputs["pixel_attention_mask"].flatten(0, 1)[picture].bool()
+    return replace(assigned, real=mask.unfold(1, patch, patch).unfold(2, patch, patch).all(dim=(-1, -2)).flatten())
+
+
+@hookimpl
+def vkd_tiny_model(
+    model_type: str, texts: Sequence[str], image_size: int, seed: int
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """SigLIP and a Llama or Mistral; nine visual tokens for a tile of 48 pixels squared."""
+    second, tokens = model_type == "idefics2", (image_size // tiny.PATCH // 2) ** 2
+    named = {
+        "image_token": IMAGE, "fake_image_token": FAKE, "image_boundary_token": FAKE, "global_image_token": GLOBAL,
+        "end_of_utterance_token": STOP,
+    }  # fmt: skip
+    tokenizer = tiny.tokenizer(texts, [*dict.fromkeys(named.values()), *TILES], begin="<s>", end="</s>", named=named)
+    language = {"model_type": "mistral" if second else "llama", **tiny.language_sizes(tokenizer, STOP)}
+    resampler = {
+        "hidden_size": tiny.WIDTH, "resampler_n_latents": tokens, "resampler_depth": 2, "resampler_n_heads": tiny.HEADS,
+        "num_key_value_heads": tiny.HEADS // 2, "resampler_head_dim": tiny.WIDTH // tiny.HEADS,
+    }  # fmt: skip
+    vision = {"model_type": {"idefics2": "idefics2_vision", "idefics3": "idefics3_vision", "smolvlm": "smolvlm_vision"}[model_type], **tiny.vision_sizes(image_size)}
+    settings = {
+        "vision_config": vision, "text_config": language, "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
+        **({"perceiver_config": resampler} if second else {"scale_factor": 2}),
+    }  # fmt: skip
+    tile, most = {"longest_edge": image_size}, {"longest_edge": 2 * image_size}
+    image = {"size": {"shortest_edge": image_size // 2, "longest_edge": image_size}} if second else {"size": most, "max_image_size": tile}
+    options = {"chat_template": CHAT_TEMPLATE, "image_seq_len": tokens}
+    return tiny.build(model_type, settings, tokenizer, seed, stop=STOP), tiny.processor(model_type, tokenizer, image, **options)
