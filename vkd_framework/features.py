@@ -50,7 +50,7 @@ class FeatureTap:
 def vision_forward(mllm: MLLM, inputs: Mapping[str, Tensor]) -> None:
     """Run encoder and projector alone; a FeatureTap around it sees the same features as in a full forward pass."""
     # Where there is an inner model, it is the one that the forward pass asks, and its signature the complete one.
-    inner = getattr(mllm.model, mllm.model.base_model_prefix, mllm.model)
+    inner = getattr(mllm.model, "model", mllm.model)
     owner = inner if hasattr(inner, "get_image_features") else mllm.model
     accepted = inspect.signature(owner.get_image_features).parameters
     named = {name for name, parameter in accepted.items() if parameter.kind is not parameter.VAR_KEYWORD}

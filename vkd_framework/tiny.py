@@ -97,14 +97,15 @@ def processor(
     model_type: str,
     tokenizer: Any,
     image: Mapping[str, Any],
+    options: Mapping[str, Any],
     *,
     video: Mapping[str, Any] | None = None,
     image_class: str | None = None,
-    **options: Any,
 ) -> ProcessorMixin:
     """The processor of `model_type`, with image and video processors of the classes that transformers pairs it with.
 
-    `image`, `video`: their settings (`video` defaults to `image`). `image_class`: where transformers names none.
+    `image`, `video`: their settings (`video` defaults to `image`); `options`: those of the processor itself.
+    `image_class`: the image processor's class, where transformers pairs none with the model type.
     """
     import transformers
     from transformers.models.auto import image_processing_auto, video_processing_auto

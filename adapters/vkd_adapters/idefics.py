@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, ProcessorMixin
 
-IMAGE, FAKE, GLOBAL, STOP = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
+STOP = "<end_of_utterance>"
+NAMED = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "image_boundary_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": STOP,
+}
 TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}{{ message['role'].capitalize() }}:"
@@ -63,24 +70,28 @@ def vkd_feature_rows(
 def vkd_tiny_model(
     model_type: str, texts: Sequence[str], image_size: int, seed: int
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """SigLIP and a Llama or Mistral; nine visual tokens for a tile of 48 pixels squared."""
+    """SigLIP and a Llama or Mistral; nine visual tokens a picture or tile of 48 pixels squared."""
     second, tokens = model_type == "idefics2", (image_size // tiny.PATCH // 2) ** 2
-    named = {
-        "image_token": IMAGE, "fake_image_token": FAKE, "image_boundary_token": FAKE, "global_image_token": GLOBAL,
-        "end_of_utterance_token": STOP,
-    }  # fmt: skip
-    tokenizer = tiny.tokenizer(texts, [*dict.fromkeys(named.values()), *TILES], begin="<s>", end="</s>", named=named)
-    language = {"model_type": "mistral" if second else "llama", **tiny.language_sizes(tokenizer, STOP)}
+    tokenizer = tiny.tokenizer(texts, [*dict.fromkeys(NAMED.values()), *TILES], begin="<s>", end="</s>", named=NAMED)
     resampler = {
-        "hidden_size": tiny.WIDTH, "resampler_n_latents": tokens, "resampler_depth": 2, "resampler_n_heads": tiny.HEADS,
-        "num_key_value_heads": tiny.HEADS // 2, "resampler_head_dim": tiny.WIDTH // tiny.HEADS,
-    }  # fmt: skip
-    vision = {"model_type": {"idefics2": "idefics2_vision", "idefics3": "idefics3_vision", "smolvlm": "smolvlm_vision"}[model_type], **tiny.vision_sizes(image_size)}
+        "hidden_size": tiny.WIDTH,
+        "num_key_value_heads": tiny.HEADS // 2,
+        "resampler_n_latents": tokens,
+        "resampler_depth": 2,
+        "resampler_n_heads": tiny.HEADS,
+        "resampler_head_dim": tiny.WIDTH // tiny.HEADS,
+    }
     settings = {
-        "vision_config": vision, "text_config": language, "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
+        "vision_config": tiny.vision_sizes(image_size),
+        "text_config": {"model_type": "mistral" if second else "llama", **tiny.language_sizes(tokenizer, STOP)},
+        "image_token_id": tokenizer.convert_tokens_to_ids(NAMED["image_token"]),
         **({"perceiver_config": resampler} if second else {"scale_factor": 2}),
-    }  # fmt: skip
-    tile, most = {"longest_edge": image_size}, {"longest_edge": 2 * image_size}
-    image = {"size": {"shortest_edge": image_size // 2, "longest_edge": image_size}} if second else {"size": most, "max_image_size": tile}
+    }
+    tile = {"longest_edge": image_size}
+    if second:
+        image = {"size": {"shortest_edge": image_size // 2, **tile}}
+    else:
+        image = {"size": {"longest_edge": 2 * image_size}, "max_image_size": tile}
     options = {"chat_template": CHAT_TEMPLATE, "image_seq_len": tokens}
-    return tiny.build(model_type, settings, tokenizer, seed, stop=STOP), tiny.processor(model_type, tokenizer, image, **options)
+    processor = tiny.processor(model_type, tokenizer, image, options)
+    return tiny.build(model_type, settings, tokenizer, seed, stop=STOP), processor

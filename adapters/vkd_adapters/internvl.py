@@ -73,9 +73,8 @@ def vkd_tiny_model(
         "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         "downsample_ratio": 0.5,
     }
-    tokens = (image_size // tiny.PATCH // 2) ** 2
-    processor = tiny.processor(
-        model_type, tokenizer, {"size": square, "crop_to_patches": True}, video={"size": square},
-        image_class="GotOcr2ImageProcessor", image_seq_length=tokens, chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+    options = {"image_seq_length": (image_size // tiny.PATCH // 2) ** 2, "chat_template": CHAT_TEMPLATE}
+    image = {"size": square, "crop_to_patches": True}
+    kind = "GotOcr2ImageProcessor"
+    processor = tiny.processor(model_type, tokenizer, image, options, video={"size": square}, image_class=kind)
     return tiny.build(model_type, settings, tokenizer, seed, stop="<|im_end|>"), processor

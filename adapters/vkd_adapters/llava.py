@@ -87,26 +87,26 @@ def vkd_tiny_model(
     model_type: str, texts: Sequence[str], image_size: int, seed: int
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """CLIP and a Llama, or SigLIP and a Qwen2; tiles as large as the photos."""
-    one, tiled = model_type == "llava_onevision", model_type != "llava"
+    one, patches = model_type == "llava_onevision", (image_size // tiny.PATCH) ** 2
     named = {"image_token": "<image>", "video_token": "<video>"}
     tokenizer = tiny.tokenizer(texts, list(named.values()), begin="<s>", end="</s>", named=named)
-    shapes = [[a * image_size, b * image_size] for a, b in ((1, 1), (1, 2), (2, 1), (2, 2))]
-    grid = {"image_grid_pinpoints": shapes} if tiled else {}
+    shapes = [[high * image_size, wide * image_size] for high, wide in ((1, 1), (1, 2), (2, 1), (2, 2))]
+    grid: dict[str, Any] = {} if model_type == "llava" else {"image_grid_pinpoints": shapes}
     select = {"vision_feature_select_strategy": "full" if one else "default"}
+    square = {"height": image_size, "width": image_size}
     settings = {
-        "vision_config": {
-            "model_type": "siglip_vision_model" if one else "clip_vision_model", **tiny.vision_sizes(image_size)
-        },
+        "vision_config": {"model_type": f"{'siglip' if one else 'clip'}_vision_model", **tiny.vision_sizes(image_size)},
         "text_config": {"model_type": "qwen2" if one else "llama", **tiny.language_sizes(tokenizer)},
-        "vision_feature_layer": -1 if one else -2,
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-        **grid,
+        "vision_feature_layer": -1 if one else -2,
         **select,
+        **grid,
     }
-    square = {"size": {"height": image_size, "width": image_size}}
-    crop = {"size": {"shortest_edge": image_size}, "crop_size": square["size"]}
-    per_tile = {"num_image_tokens": (image_size // tiny.PATCH) ** 2} if one else {"num_additional_image_tokens": 1, "patch_size": tiny.PATCH}
-    processor = tiny.processor(
-        model_type, tokenizer, {**(square if one else crop), **grid}, video=square, chat_template=CHAT_TEMPLATE, **select, **per_tile
-    )
+    if one:
+        image, options = {"size": square}, {"num_image_tokens": patches}
+    else:
+        image = {"size": {"shortest_edge": image_size}, "crop_size": square}
+        options = {"num_additional_image_tokens": 1, "patch_size": tiny.PATCH}
+    options |= {"chat_template": CHAT_TEMPLATE, **select}
+    processor = tiny.processor(model_type, tokenizer, image | grid, options, video={"size": square})
     return tiny.build(model_type, settings, tokenizer, seed), processor

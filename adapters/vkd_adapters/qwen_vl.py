@@ -58,26 +58,26 @@ def vkd_locate_vision_modules(model: PreTrainedModel) -> VisionModules:
 def vkd_tiny_model(
     model_type: str, texts: Sequence[str], image_size: int, seed: int
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A patch of 8 pixels; a photo of 48 is nine visual tokens."""
+    """Patches of 8 pixels; a photo of 48 pixels squared is nine visual tokens."""
     special = ["<|im_start|>", "<|im_end|>", *TOKENS.values()]
     tokenizer = tiny.tokenizer(texts, special, end="<|endoftext|>", kind="Qwen2TokenizerFast")
+    sizes = tiny.vision_sizes(image_size)
+    width, merge = sizes.pop("hidden_size"), {"spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision = {**sizes, **merge, "depth": sizes["num_hidden_layers"], "num_heads": tiny.HEADS}
+    if model_type == "qwen2_vl":
+        vision |= {"embed_dim": width, "hidden_size": tiny.WIDTH, "mlp_ratio": 3}
+    else:
+        vision |= {"hidden_size": width, "out_hidden_size": tiny.WIDTH}
+    if model_type == "qwen3_vl":
+        vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    language = tiny.language_sizes(tokenizer, "<|im_end|>") | {"head_dim": tiny.WIDTH // tiny.HEADS}
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]}
-    vision = tiny.vision_sizes(image_size)
-    wide, deep = vision["hidden_size"], vision["num_hidden_layers"]
     settings = {
-        "text_config": {**tiny.language_sizes(tokenizer, "<|im_end|>"), "rope_scaling": rope, "rope_theta": 10_000.0, "head_dim": tiny.WIDTH // tiny.HEADS},
-        "vision_config": {
-            **{key: vision[key] for key in ("intermediate_size", "patch_size", "initializer_range")},
-            "depth": deep, "num_heads": tiny.HEADS, "spatial_merge_size": 2, "temporal_patch_size": 2,
-            **({"embed_dim": wide, "hidden_size": tiny.WIDTH, "mlp_ratio": 3} if model_type == "qwen2_vl" else
-               {"hidden_size": wide, "out_hidden_size": tiny.WIDTH}),
-            **({"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64} if model_type == "qwen3_vl" else {}),
-        },
+        "vision_config": vision,
+        "text_config": {**language, "rope_theta": 10_000.0, "rope_scaling": rope},
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()},
-    }  # fmt: skip
-    image = {
-        "patch_size": tiny.PATCH, "merge_size": 2, "temporal_patch_size": 2,
-        "min_pixels": (2 * tiny.PATCH) ** 2, "max_pixels": image_size**2,
-    }  # fmt: skip
-    processor = tiny.processor(model_type, tokenizer, image, chat_template=CHAT_TEMPLATE)
+    }
+    image = {"patch_size": tiny.PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    image |= {"min_pixels": (2 * tiny.PATCH) ** 2, "max_pixels": image_size**2}
+    processor = tiny.processor(model_type, tokenizer, image, {"chat_template": CHAT_TEMPLATE})
     return tiny.build(model_type, settings, tokenizer, seed, stop="<|im_end|>"), processor
