@@ -166,7 +166,8 @@ def build(
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-    config = CONFIG_MAPPING[model_type](tie_word_embeddings=True, initializer_range=INITIALIZER_RANGE, **settings)
+    shared = {"tie_word_embeddings": True, "initializer_range": INITIALIZER_RANGE}
+    config = CONFIG_MAPPING[model_type](**shared | dict(settings))
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     ends = [tokenizer.convert_tokens_to_ids(stop)] if stop else []

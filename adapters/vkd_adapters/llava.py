@@ -103,7 +103,8 @@ def vkd_tiny_model(
         **grid,
     }
     if one:
-        image, options = {"size": square}, {"num_image_tokens": patches}
+        image: dict[str, Any] = {"size": square}
+        options: dict[str, Any] = {"num_image_tokens": patches}
     else:
         image = {"size": {"shortest_edge": image_size}, "crop_size": square}
         options = {"num_additional_image_tokens": 1, "patch_size": tiny.PATCH}
