@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from conftest import asked_about, picture
 
+from vkd_framework.answers import normalise
 from vkd_framework.evaluate import (
     answer_losses,
     evaluate,
     exact_match,
     generate,
-    normalise,
     option_losses,
     rouge_l,
     score,
