@@ -3,7 +3,7 @@
 Source: Dontsov et al., arXiv 2410.18057; dataset therem/CLEAR. Sets: `forget01|05|10` and `retain99|95|90` (photo,
 caption, name), the same with `_perturbed` and `retain_perturbed` (wrong captions and names), with `+tofu` (text
 questions among the photos), `real_faces` and `real_world`. No photo of a forgotten person is published as unseen, so
-some of each person's photos are held out here. Who is shown fills the usual columns; captions have columns of their own.
+some of each person's photos are held out here. Who is shown fills the usual columns; captions have their own.
 """
 
 from __future__ import annotations

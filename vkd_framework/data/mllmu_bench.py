@@ -40,7 +40,7 @@ def load(config: MllmuBenchData) -> Splits:
     profiles = {name: bench.rows(name, ("ID", "image", *TASKS)) for name in (gone, kept)}
     subjects = {name: tuple(dict.fromkeys(_subject(row) for _, row in rows)) for name, rows in profiles.items()}
     if both := set(subjects[gone]) & set(subjects[kept]):
-        raise DataError(f"{TITLE}: {gone} and {kept} share people (such as ID {min(both)}); get the files again")
+        raise DataError(f"{TITLE}: {gone} and {kept} share people (such as {min(both)}); get the files again")
     reader = Reader(TITLE, bench.folder)
     write = _Writer(reader)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from vkd_framework.answers import is_right
-from vkd_framework.report.table import COLUMNS
+from vkd_framework.report.table import column_of
 from vkd_framework.types import Photo, Sample
 
 FORGOTTEN_COLUMNS = frozenset({"forget_vqa", "test_vqa", "forget_qa", "forget_visible_vqa"})
@@ -15,8 +15,6 @@ PEOPLE_SHOWN = 12
 ANSWERS_PER_PERSON = 4
 OTHER_ANSWERS_SHOWN = 6
 EMPTY = "(empty answer)"
-
-_LABELS = {column.key: column.label for column in COLUMNS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,7 @@ class Answer:
     @property
     def column(self) -> str:
         """The column's name for people."""
-        return _LABELS.get(self.sample.column, self.sample.column)
+        return column_of(self.sample.column).label
 
     @property
     def photos(self) -> tuple[Photo, ...]:
