@@ -122,7 +122,7 @@ def clear(photos: int = 4) -> dict[str, Rows]:
         [{"image": image(10 * at + i), "caption": f"{name} sits in {TOWNS[i]}.", "name": name} for i in range(photos)]
         for at, name in enumerate(NAMES)
     ]
-    gone, kept = (sum(part, []) for part in (shots[:2], shots[2:]))
+    gone, kept = ([row for rows in part for row in rows] for part in (shots[:2], shots[2:]))
     wrong = {"perturbed_captions": ["A dog sits in Rome.", "A cat."], "perturbed_names": ["Ada Nym", "Bo Nym"]}
 
     def texts(names: Sequence[str]) -> Rows:

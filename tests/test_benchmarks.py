@@ -22,9 +22,13 @@ from benchmark_files import (
 
 from vkd_framework import data
 from vkd_framework.data.published import spread
-from vkd_framework.errors import DataError
-from vkd_framework.recipe import Recipe
+from vkd_framework.errors import DataError, RecipeError
+from vkd_framework.plugins import load_adapter
+from vkd_framework.recipe import Recipe, load_recipe
+from vkd_framework.report import terminal_table
+from vkd_framework.run import run
 from vkd_framework.types import ImageQuestionPair, Splits
+from vkd_framework.vanilla import save
 
 KINDS = ("mllmu_bench", "clear", "fiubench")
 
@@ -192,7 +196,9 @@ def test_json_holds_the_same_as_parquet(folders: dict[str, Path], tmp_path: Path
         load("mllmu_bench", write_json(tmp_path, sets, lines=lines)),
         load("mllmu_bench", folders[KINDS[0]]),
     )
-    for ours, theirs in ((told.forget, published.forget), *zip(told.columns.values(), published.columns.values())):
+    assert list(told.columns) == list(published.columns)
+    for name in ("forget", *told.columns):
+        ours, theirs = (splits.forget if name == "forget" else splits.columns[name] for splits in (told, published))
         assert [(p.id, p.question, p.answer, p.photo_keys) for p in ours] == [
             (p.id, p.question, p.answer, p.photo_keys) for p in theirs
         ]
@@ -241,7 +247,7 @@ def test_fiubench_measures_paraphrases_and_what_the_truth_ratio_is_made_of(folde
     assert len(splits.columns["test_vqa"]) == 4, "a paraphrase that equals a trained question is left out"
     assert {pair.answer for pair in splits.columns["forget_vqa_paraphrased_answer"]} == {"It is Cairo.", "It is Oslo."}
     wrong = splits.columns["forget_vqa_wrong_answer"]
-    assert len(wrong) == 2 * 2 * 2 and not {p.answer for p in wrong} & {p.answer for p in splits.forget[:2]}
+    assert len(wrong) == 2 * 2 * 2 and not {p.answer for p in wrong[:4]} & {pair.answer}
 
 
 def test_fiubench_retains_nobody_whom_another_split_forgets(folders: dict[str, Path]) -> None:
@@ -278,7 +284,7 @@ def test_a_set_that_is_not_there_is_named_with_what_is(tmp_path: Path, kind: str
     sets = mllmu() if kind == "mllmu_bench" else clear()
     del sets[gone]
     message = refusal(kind, write_parquet(tmp_path, sets))
-    assert (f"has no {gone}/*.parquet" in message and "real" in message.lower()) or "ft_Data" in message
+    assert f"has no {gone}/*.parquet" in message and all(name in message for name in sets)
     assert "hf download" in message and "\n" not in message
 
 
@@ -384,11 +390,40 @@ def test_without_pyarrow_the_pip_command_is_named(folders: dict[str, Path], monk
     [("mllmu_bench", 20, "5, 10 or 15"), ("clear", 15, "1, 5 or 10"), ("fiubench", 2, "1, 5")],
 )
 def test_a_percentage_that_is_not_published_is_refused(tmp_path: Path, kind: str, given: int, allowed: str) -> None:
-    from vkd_framework.errors import RecipeError
-    from vkd_framework.recipe import load_recipe
-
     recipe = {"name": "a", "adapter": "qwen_vl", "model": {"source": "a/b"}, "layers": ["projector"]}
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump({**recipe, "data": {"kind": kind, "forget": given}}))
     with pytest.raises(RecipeError, match=rf"data\.forget: input should be {allowed}.*given: {given}"):
         load_recipe(str(path))
+
+
+RECIPE: dict[str, Any] = {
+    "name": "small",
+    "adapter": "qwen_vl",
+    "layers": ["vision.1", "projector"],
+    "unlearn": {"steps": 2, "warmup": 0, "forget_batch": 2, "retain_batch": 2},
+    "evaluate": {"max_new_tokens": 4},
+    "relearn": {"shares": [1.0], "steps": [1], "scopes": ["visual"], "batch_size": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_measures_every_column_and_the_reports_show_them(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    splits = load(kind, folders[kind], test_pairs=4)
+    every = [*splits.forget, *splits.retain, *(pair for pairs in splits.columns.values() for pair in pairs)]
+    texts = sorted({text for pair in every for text in (pair.question, pair.answer, *pair.options)})
+    save(load_adapter("qwen_vl").tiny_model(texts, 48, 0), tmp_path / "model")
+    source = {"kind": kind, "source": str(folders[kind]), "test_pairs": 4}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"data": source, "model": {"source": "./model"}}))
+    metrics, folder = run(str(path), out=tmp_path / "out")
+    for columns in json.loads((folder / "metrics.json").read_text())["models"].values():
+        assert {name: cell["n"] for name, cell in columns.items()} == {n: len(p) for n, p in splits.columns.items()}
+        for name, cell in columns.items():
+            assert (cell["choice_accuracy"] is not None) == any(pair.options for pair in splits.columns[name])
+    assert all(value in (True, None, 0.0) for value in metrics["proofs"].values())
+    shown = [(folder / name).read_text() for name in ("report.md", "report.html")] + [terminal_table(metrics)]
+    label = {"mllmu_bench": "Test VQA: generation", "clear": "Retain VQA: caption"}.get(kind, "Retain VQA: seen")
+    assert all(label in text for text in shown)
