@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from vkd_framework import data
 from vkd_framework.data.published import spread
 from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.plugins import load_adapter
-from vkd_framework.recipe import Recipe, load_recipe
+from vkd_framework.recipe import Recipe, bundled_recipes, load_recipe
 from vkd_framework.report import terminal_table
-from vkd_framework.run import run
+from vkd_framework.run import dry_run, run
 from vkd_framework.types import ImageQuestionPair, Splits
 from vkd_framework.vanilla import save
 
@@ -427,3 +428,22 @@ def test_a_run_measures_every_column_and_the_reports_show_them(
     shown = [(folder / name).read_text() for name in ("report.md", "report.html")] + [terminal_table(metrics)]
     label = {"mllmu_bench": "Test VQA: generation", "clear": "Retain VQA: caption"}.get(kind, "Retain VQA: seen")
     assert all(label in text for text in shown)
+
+
+REAL_SCALE = [name for name in bundled_recipes() if load_recipe(name).data.kind in KINDS]
+
+
+@pytest.mark.parametrize("name", REAL_SCALE)
+def test_a_real_scale_recipe_starts_from_a_published_model_and_dry_runs_offline(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.teach is None and recipe.reference == "none" and recipe.model.dtype == "bfloat16"
+    if find_spec(f"vkd_adapters.{recipe.adapter}") is None:
+        pytest.skip(f"until vkd_adapters.{recipe.adapter} is there")
+    assert "trains" in dry_run(name, ())
+
+
+def test_each_benchmark_has_a_real_scale_recipe_and_mllmu_bench_one_for_each_percentage() -> None:
+    found = [load_recipe(name) for name in REAL_SCALE]
+    assert {recipe.data.kind for recipe in found} == set(KINDS)
+    per_cent = {(recipe.adapter, recipe.data.forget) for recipe in found if recipe.data.kind == "mllmu_bench"}
+    assert per_cent == {(adapter, part) for adapter in ("qwen_vl", "llava") for part in (5, 10, 15)}
