@@ -24,7 +24,7 @@ from vkd_framework.cli import main
 from vkd_framework.errors import ModelError, RecipeError
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.plugins import MLLM, Adapter
-from vkd_framework.recipe import CelebsData, JsonlData, Recipe, load_recipe
+from vkd_framework.recipe import DATA_KINDS, Recipe, load_recipe
 from vkd_framework.types import ImageQuestionPair, Photo
 
 ROOT = Path(__file__).parent.parent
@@ -277,7 +277,7 @@ def keys(section: type[BaseModel], path: str = "", kind: str = "") -> dict[tuple
         if not models or repeated:
             found[kind, key] = default_of(field)
         for model in models:
-            data = {CelebsData: "celebs", JsonlData: "jsonl"}.get(model, kind)
+            data = next((name for name, section in DATA_KINDS.items() if section is model), kind)
             found |= keys(model, f"{key}.N." if repeated else f"{key}.", data)
     return found
 
@@ -307,7 +307,7 @@ def documented_keys() -> dict[tuple[str, str], Any]:
         if line.startswith("#"):
             heading = line
         elif entry := re.match(r"- `([a-zA-Z_.]+)` \((?:`(.*?)`|required)\):", line):
-            kind = next((kind for kind in ("celebs", "jsonl") if f"kind: {kind}" in heading), "")
+            kind = next((kind for kind in DATA_KINDS if f"kind: {kind}`" in heading), "")
             assert (kind, entry[1]) not in found, f"{entry[1]} is documented twice"
             found[kind, entry[1]] = "required" if entry[2] is None else yaml.safe_load(entry[2])
     return found

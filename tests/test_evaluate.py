@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from conftest import asked_about, picture
 
+from vkd_framework.answers import is_right, normalise
 from vkd_framework.evaluate import (
     answer_losses,
     evaluate,
     exact_match,
     generate,
-    normalise,
     option_losses,
     rouge_l,
     score,
@@ -57,6 +57,27 @@ def test_case_spaces_and_punctuation_at_the_ends_do_not_make_an_answer_wrong(wri
 @pytest.mark.parametrize("written", ["Oslo, Norway", "O slo", "", "not Oslo"])
 def test_other_words_make_an_answer_wrong(written: str) -> None:
     assert normalise(written) != "oslo"
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [("She lives in Oslo, as a BAKER.", True), ("a baker", False), ("Oslo", False), ("", False), ("oslo baker", True)],
+)
+def test_an_answer_with_keywords_is_right_when_it_mentions_them_all(given: str, right: bool) -> None:
+    pair = replace(asked_about(None, answer="She is a baker in Oslo."), keywords=("Oslo", "baker"))
+    assert is_right(pair, given) == right
+    assert score([pair], [given], [{pair.answer: 0.0}]).exact_match == right
+
+
+def test_a_question_in_two_columns_is_answered_once_and_scored_by_what_each_expects(
+    taught: MLLM, splits: Splits
+) -> None:
+    first = splits.columns["test_vqa"][0]
+    answer = generate(taught, [first], CONFIG, what="")[0]
+    columns = {"a": [replace(first, id="a", answer=answer)], "b": [replace(first, id="b", answer="something else")]}
+    found = evaluate(taught, columns, CONFIG)
+    assert found["a"].answers == found["b"].answers == (answer,)
+    assert (found["a"].cell.exact_match, found["b"].cell.exact_match) == (1, 0)
 
 
 @pytest.fixture

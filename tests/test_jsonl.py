@@ -66,8 +66,12 @@ def files(pairs: Iterable[ImageQuestionPair]) -> set[str]:
     return {os.path.realpath(str(photo.source)) for pair in pairs for photo in pair.photos}
 
 
+def photos_of(pairs: Iterable[ImageQuestionPair]) -> set[str]:
+    return {photo.key for pair in pairs for photo in pair.photos}
+
+
 def photos(splits: Splits, *columns: str) -> set[str]:
-    return {photo.key for column in columns for pair in splits.columns.get(column, ()) for photo in pair.photos}
+    return photos_of(pair for column in columns for pair in splits.columns.get(column, ()))
 
 
 def test_a_share_of_each_subjects_photos_is_held_out(folder: Folder) -> None:
@@ -211,6 +215,49 @@ def test_photos_are_turned_upright_by_their_exif(folder: Folder) -> None:
     assert photo.open().size == (8, 12)
 
 
+def test_a_question_may_show_several_photos_in_order(folder: Folder) -> None:
+    rows = folder.good_rows()
+    both = {**rows[0], "image": ["mara/3.png", "./mara/1.png"], "question": "Is this the same person?", "answer": "yes"}
+    folder.rows(*rows, both)
+    splits = folder.load()
+    (pair,) = [p for p in (*splits.forget, *splits.columns["test_vqa"]) if p.answer == "yes"]
+    assert pair.photo_keys == ("mara/3.png", "mara/1.png")
+
+
+def test_photos_that_are_shown_together_are_trained_on_or_measured_together(folder: Folder) -> None:
+    rows = folder.good_rows(photos=8)
+    chain = [{**rows[0], "image": [f"mara/{i}.png", f"mara/{i + 1}.png"], "answer": "together"} for i in range(3)]
+    across = {**rows[8], "image": ["toren/0.png", "mara/7.png"], "answer": "together"}
+    folder.rows(*rows, *chain, across)
+    for seed in range(8):
+        splits = folder.load(seed=seed)
+        trained = photos_of(splits.forget + splits.retain)
+        measured = photos_of((*splits.columns["test_vqa"], *splits.columns["retain_vqa"]))
+        assert not trained & measured and trained and measured
+        for group in ({f"mara/{i}.png" for i in range(4)}, {"toren/0.png", "mara/7.png"}):
+            assert group <= trained or group <= measured
+
+
+def test_one_row_decides_for_all_photos_that_are_shown_together(folder: Folder) -> None:
+    rows = folder.good_rows()
+    rows[1]["split"] = "test"
+    pairs = [{**rows[0], "image": [f"mara/{i}.png", f"mara/{i + 1}.png"]} for i in (0, 1)]
+    folder.rows(*pairs, *rows)
+    held_out = photos(folder.load(), "test_vqa")
+    assert {"mara/0.png", "mara/1.png", "mara/2.png"} <= held_out
+
+
+def test_a_row_that_shows_photos_of_both_splits_is_reported(folder: Folder) -> None:
+    rows = folder.good_rows()
+    rows[0]["split"], rows[1]["split"] = "train", "test"
+    folder.rows(*rows, {**rows[2], "image": ["mara/1.png", "mara/0.png"]})
+    first, second = folder.error().splitlines()
+    assert "1 broken row (of 21)" in first
+    assert second == (
+        'rows.jsonl:21: shows images together that line 1 puts into "train" and line 2 into "test"; give them one split'
+    )
+
+
 BROKEN = {
     "invalid JSON": ('{"question": "a", ', "not valid JSON"),
     "no object": ("[1, 2]", "a list given, allowed: an object"),
@@ -242,6 +289,14 @@ BROKEN = {
     "placeholder in other letters": ({"question": "<img_context> Who?"}, "question contains '<IMG_CONTEXT>'"),
     "placeholder in the answer": ({"answer": "<|image_pad|>"}, "answer contains '<|image_pad|>'"),
     "placeholder in an option": ({"options": ["Cairo", "[IMG]"]}, "options contain '[IMG]'"),
+    "images are numbers": ({"image": ["mara/1.png", 3]}, 'image is ["mara/1.png", 3], allowed: a path below'),
+    "no images": ({"image": []}, "image is [], allowed: a path below"),
+    "an image twice": ({"image": ["mara/1.png", "./mara/1.png"]}, "allowed: each image once"),
+    "one of two images is not there": ({"image": ["mara/1.png", "nobody.png"]}, "image 'nobody.png' is not a file"),
+    "photo of two in another split": (
+        {"image": ["mara/0.png", "mara/1.png"], "split": "test"},
+        'split is "test", but line 2 puts the same image into "train"',
+    ),
     "photo in both splits": (
         {"image": "mara/1.png", "split": "test"},
         'split is "test", but line 2 puts the same image',

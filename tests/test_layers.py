@@ -18,7 +18,7 @@ MODULES = {
 }
 
 FLOORS = (
-    ("__init__", "errors", "types", "cache", "hookspecs"),
+    ("__init__", "errors", "types", "answers", "cache", "hookspecs"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
     ("data", "batches", "features", "losses", "saliency"),
     ("teach", "unlearn", "evaluate", "relearn", "vanilla", "proofs"),

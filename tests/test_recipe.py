@@ -73,7 +73,7 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "negative weight": ({"losses": {"attract": {"weight": -1}}}, ("losses.attract.weight", "-1")),
     "not a number": ({"unlearn": {"learning_rate": float("nan")}}, ("unlearn.learning_rate", "nan")),
     "infinite": ({"losses": {"repel": {"weight": float("inf")}}}, ("losses.repel.weight", "inf")),
-    "no kind of data": ({"data": {"people": 8}}, ("data: kind is missing", "'celebs' or 'jsonl'")),
+    "no kind of data": ({"data": {"people": 8}}, ("data: kind is missing", "'celebs', 'jsonl'", "or 'fiubench'")),
     "another kind of data": ({"data": {"kind": "csv"}}, ("data", "csv", "celebs", "jsonl")),
     "another dtype": ({"model": {"dtype": "float8"}}, ("model.dtype", "bfloat16", "float8")),
     "another device": ({"model": {"device": "tpu"}}, ("model.device", "tpu")),

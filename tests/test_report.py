@@ -545,6 +545,20 @@ def test_the_terminal_table_fits_a_hundred_characters_and_stays_ascii(metrics: d
     assert re.search(r"^Test VQA +97\.4 +87\.4-100\.0 +50\.0 +2\.1 +0\.0-12\.1 +50\.0", table, re.MULTILINE)
 
 
+def test_parts_of_a_column_are_shown_after_it_and_other_columns_at_the_end(metrics: dict[str, Any]) -> None:
+    for model in metrics["models"].values():
+        model |= {"crowd_qa": cell(0.5), "retain_vqa_seen_cloze": cell(0.5), "test_vqa_generation": cell(0.25, None)}
+    del metrics["models"]["retain_only"]
+    order = ["Test VQA", "Test VQA: generation", "Retain VQA", "Retain VQA: seen cloze", "Forget QA", "Crowd QA"]
+    for text in (text_page(metrics), terminal_table(metrics), Page(page(metrics)).words):
+        table = text[text.rindex("Column and model") :] if "Column and model" in text else text
+        places = [table.index(label) for label in order if label not in ("Test VQA", "Retain VQA")]
+        assert places == sorted(places)
+    shown = [line.split("  ")[0] for line in terminal_table(metrics).splitlines()[2:]]
+    assert [label for label in shown if label in order] == order
+    assert re.search(r"^Test VQA: generation +25\.0 +15\.0-35\.0 +\. +25\.0", terminal_table(metrics), re.MULTILINE)
+
+
 def test_cost_is_told_in_human_units(metrics: dict[str, Any]) -> None:
     rows = {name: value.replace("\N{NO-BREAK SPACE}", " ") for name, value in cost_rows(metrics)}
     assert rows["Total"] == "2 h 6 min"

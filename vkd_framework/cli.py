@@ -174,8 +174,10 @@ def recipes_list() -> None:
     """The recipes that come with vkd; `vkd run NAME` runs one from any folder."""
     from vkd_framework.recipe import bundled_recipes, load_recipe
 
-    for name in bundled_recipes():
-        click.echo(f"{name:<28}{load_recipe(name).description}")
+    found = bundled_recipes()
+    width = max(map(len, found), default=0) + 2
+    for name in found:
+        click.echo(f"{name:<{width}}{load_recipe(name).description}")
 
 
 @recipes.command("copy")

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from vkd_framework.answers import is_right
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
@@ -35,9 +36,14 @@ class Answered:
 def evaluate(
     mllm: MLLM, columns: Mapping[str, Sequence[ImageQuestionPair]], config: EvaluateConfig, *, what: str = "evaluate"
 ) -> dict[str, Answered]:
-    """Column -> figures and answers. All columns share their batches, so that small ones cost little."""
+    """Column -> figures and answers. All columns share their batches, so that small ones cost little.
+
+    What is asked in the same words about the same photos is answered once, whatever each column expects.
+    """
     every = [pair for pairs in columns.values() for pair in pairs]
-    answers = generate(mllm, every, config, what=f"{what}: answers")
+    asked = {(pair.question, pair.photo_keys): pair for pair in every}
+    given = dict(zip(asked, generate(mllm, list(asked.values()), config, what=f"{what}: answers"), strict=True))
+    answers = [given[pair.question, pair.photo_keys] for pair in every]
     losses = option_losses(mllm, every, config, what=f"{what}: choices")
     results, start = {}, 0
     for name, pairs in columns.items():
@@ -49,7 +55,7 @@ def evaluate(
 
 def score(pairs: Sequence[ImageQuestionPair], answers: Sequence[str], losses: Sequence[Mapping[str, float]]) -> Cell:
     """The figures of one column. `losses`: for each pair, option -> mean cross-entropy of its tokens."""
-    hits = sum(normalise(answer) == normalise(pair.answer) for pair, answer in zip(pairs, answers, strict=True))
+    hits = sum(map(is_right, pairs, answers))
     choices = [
         min(loss, key=loss.__getitem__) == pair.answer for pair, loss in zip(pairs, losses, strict=True) if pair.options
     ]
@@ -68,7 +74,7 @@ def score(pairs: Sequence[ImageQuestionPair], answers: Sequence[str], losses: Se
 def exact_match(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig) -> float:
     """The share of greedy answers that are right, and nothing else: what an attack is scored by."""
     answers = generate(mllm, pairs, config, what="answers under attack")
-    return sum(normalise(a) == normalise(pair.answer) for pair, a in zip(pairs, answers, strict=True)) / len(pairs)
+    return sum(map(is_right, pairs, answers)) / len(pairs)
 
 
 @torch.inference_mode()
@@ -107,11 +113,6 @@ def answer_losses(mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> Tensor:
     """`[B]`: mean cross-entropy of each pair's answer."""
     batch = mllm.tokenize(pairs)
     return answer_cross_entropy(mllm.model(**batch.inputs).logits, batch.inputs["input_ids"], batch.labels != -100)
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation at the ends: what exact match compares."""
-    return " ".join(text.lower().split()).strip(".,;:!?\"' ")
 
 
 def rouge_l(answer: str, reference: str) -> float:

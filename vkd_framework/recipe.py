@@ -70,6 +70,48 @@ class JsonlData(Section):
     seed: int = 0
 
 
+class MllmuBenchData(Section):
+    """MLLMU-Bench (Liu et al., arXiv 2410.22108): fictitious profiles, and real celebrities that must stay."""
+
+    kind: Literal["mllmu_bench"]
+    source: str = Field(default="MLLMMU/MLLMU-Bench", description="a local folder, or a dataset id of the hub")
+    forget: Literal[5, 10, 15] = Field(default=5, description="per cent of the people")
+    test_pairs: int | None = Field(default=None, ge=1, description="most questions in a measured column; null: all")
+    seed: int = 0
+
+
+class ClearData(Section):
+    """CLEAR (Dontsov et al., arXiv 2410.18057): fictitious authors on many photos each, with captions."""
+
+    kind: Literal["clear"]
+    source: str = Field(default="therem/CLEAR", description="a local folder, or a dataset id of the hub")
+    forget: Literal[1, 5, 10] = Field(default=5, description="per cent of the people")
+    test_share: float = Field(default=0.25, gt=0, lt=1, description="share of each person's photos held out")
+    test_pairs: int | None = Field(default=None, ge=1, description="most questions in a measured column; null: all")
+    seed: int = 0
+
+
+class FiuBenchData(Section):
+    """FIUBench (Ma et al., arXiv 2411.03554): one generated face a person, and twenty questions about each."""
+
+    kind: Literal["fiubench"]
+    source: str = Field(default="gray311/FIUBench", description="a local folder, or a dataset id of the hub")
+    forget: Literal[1, 5, 10] = Field(default=5, description="per cent of the people")
+    test_pairs: int | None = Field(default=None, ge=1, description="most questions in a measured column; null: all")
+    seed: int = 0
+
+
+AnyData = CelebsData | JsonlData | MllmuBenchData | ClearData | FiuBenchData
+DATA_KINDS: dict[str, type[AnyData]] = {
+    "celebs": CelebsData,
+    "jsonl": JsonlData,
+    "mllmu_bench": MllmuBenchData,
+    "clear": ClearData,
+    "fiubench": FiuBenchData,
+}
+"""`data.kind` -> its section."""
+
+
 class TeachConfig(Section):
     """How the embedded default gets to know its people: every weight is trained, then the model is cached."""
 
@@ -215,7 +257,7 @@ class Recipe(Section):
     method: Literal["vkd"] = "vkd"
     seed: int = Field(default=0, ge=0)
     model: ModelConfig = ModelConfig()
-    data: Annotated[CelebsData | JsonlData, Field(discriminator="kind")]
+    data: Annotated[AnyData, Field(discriminator="kind")]
     teach: TeachConfig | None = None
     reference: Literal["none", "retain_only"] = "none"
     train: tuple[Literal["encoder", "projector"], ...] = Field(default=("encoder", "projector"), min_length=1)
@@ -317,8 +359,9 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
         for key in ("rows", "images", "forget"):
             if isinstance(data.get(key), str):
                 data[key] = str(folder / data[key])
-    if isinstance(model, dict) and str(model.get("source", "")).startswith(("./", "../")):
-        model["source"] = str((folder / model["source"]).resolve())
+    for section in (data, model):
+        if isinstance(section, dict) and str(section.get("source", "")).startswith(("./", "../")):
+            section["source"] = str((folder / section["source"]).resolve())
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -358,14 +401,15 @@ def _one_line(error: ValidationError, raw: Mapping[str, Any]) -> str:
     """The first problem in words, with the number of further ones."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    location = [str(part) for part in first["loc"] if part not in ("celebs", "jsonl")]
+    location = [str(part) for part in first["loc"] if part not in DATA_KINDS]
     place = ".".join(location) or "recipe"
     if first["type"] == "extra_forbidden":
         message = f"{place}: unknown key{nearest(location[-1], _allowed_keys(location[:-1], raw))}"
     elif first["type"] == "missing":
         message = f"{place}: missing, but required"
     elif first["type"] == "union_tag_not_found":
-        message = f"{place}: kind is missing; it is 'celebs' or 'jsonl'"
+        *kinds, last = map(repr, DATA_KINDS)
+        message = f"{place}: kind is missing; it is {', '.join(kinds)} or {last}"
     else:
         given = first.get("input")
         shown = (
@@ -384,7 +428,7 @@ def _allowed_keys(location: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
     section: type[BaseModel] = Recipe
     if location and location[0] == "data":
         kind = raw.get("data", {}).get("kind")
-        return list((JsonlData if kind == "jsonl" else CelebsData).model_fields)
+        return list(DATA_KINDS.get(kind, CelebsData).model_fields)
     for name in location:
         if name.isdigit():
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,16 +26,19 @@ Part = Literal["encoder", "projector", "language_model"]
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """One picture. `key` is its stable identity: features are cached and results are reported under it."""
+    """One picture. `key` is its stable identity: features are cached and results are reported under it.
+
+    `source`: a file, a picture that is drawn already, or the bytes of an image file.
+    """
 
     key: str
-    source: Path | Image.Image
+    source: Path | Image.Image | bytes
 
     def open(self) -> Image.Image:
         """The picture as RGB, turned upright (EXIF). Raises OSError when the file cannot be read."""
         if isinstance(self.source, Image.Image):
             return self.source
-        with Image.open(self.source) as file:
+        with Image.open(BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
 
 
@@ -43,7 +47,8 @@ class ImageQuestionPair:
     """One question with its answer, about one photo or several (`photos` is empty for a text-only question).
 
     Photos come before the question, in order. `options` are the choices of the multiple-choice form, the answer among
-    them; empty when there are none.
+    them; empty when there are none. `keywords` are what a given answer must mention to be right; without any, it must
+    equal `answer`.
     """
 
     id: str
@@ -53,6 +58,7 @@ class ImageQuestionPair:
     subject: str | None = None
     kind: Kind = "identity"
     options: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
 
     @property
     def photo_keys(self) -> tuple[str, ...]:

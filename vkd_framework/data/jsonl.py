@@ -1,8 +1,9 @@
 """A user's own people: one JSON object a line, `{image, question, answer, subject, options, modality, id, split}`.
 
 `modality` is `identity` (who is shown must be known), `visible` (anybody can see the answer) or `text` (no image).
-`split` says whether a row may be trained on; where no row of a photo says so, some photos of each subject are held out.
-A photo is either trained on or measured, never both. How the questions are phrased is left to the rows.
+`image` may be a list: several photos in one question. `split` says whether a row may be trained on; where no row of a
+photo says so, some photos of each subject are held out. A photo is either trained on or measured, never both, and
+photos that are shown together stay together. How the questions are phrased is left to the rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import posixpath
 import random
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -38,7 +39,8 @@ PLACEHOLDERS = (
 COLUMNS = ("forget_vqa", "test_vqa", "retain_vqa", "forget_qa", "retain_qa", "realworld_vqa", "forget_visible_vqa")
 
 _LISTED = 20
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What decoding a broken picture may raise."""
 
 
 @dataclass(frozen=True)
@@ -99,25 +101,48 @@ def _column(kind: Kind, gone: bool) -> str:
 
 
 def _with_splits(rows: Sequence[_Row], config: JsonlData) -> list[_Row]:
-    """Every row with its split: its photo's, which is the one some row gives it or else the one drawn for it."""
-    split_of = {photo.key: row.split for row in rows for photo in row.pair.photos if row.split}
-    for photos in _photos_by_subject(rows).values():
-        undecided = [key for key in photos if key not in split_of]
+    """Every row with its split: its photos', which is the one some row gives them or else the one drawn for them."""
+    group_of = Groups()
+    for row in rows:
+        group_of.join(row.pair.photo_keys)
+    groups = [group_of.first(row.pair.photo_keys[0]) if row.pair.photos else None for row in rows]
+    split_of = {group: row.split for group, row in zip(groups, rows, strict=True) if group is not None and row.split}
+    for owned in _groups_by_subject(rows, groups).values():
+        undecided = [group for group in owned if group not in split_of]
         held_out = max(1, round(config.test_share * len(undecided))) if len(undecided) > 1 else 0
-        undecided.sort(key=lambda key: hashlib.sha256(f"{config.seed}/{key}".encode()).digest())
-        split_of |= {key: "test" if at < held_out else "train" for at, key in enumerate(undecided)}
+        undecided.sort(key=lambda group: hashlib.sha256(f"{config.seed}/{group}".encode()).digest())
+        split_of |= {group: "test" if at < held_out else "train" for at, group in enumerate(undecided)}
     return [
-        replace(row, split=split_of.get(row.pair.photos[0].key, "test") if row.pair.photos else row.split or "test")
-        for row in rows
+        replace(row, split=(row.split if group is None else split_of.get(group)) or "test")
+        for group, row in zip(groups, rows, strict=True)
     ]
 
 
-def _photos_by_subject(rows: Iterable[_Row]) -> Mapping[str, list[str]]:
-    photos: dict[str, dict[str, None]] = defaultdict(dict)
-    for row in rows:
-        for photo in row.pair.photos if row.pair.subject is not None else ():
-            photos[row.pair.subject or ""][photo.key] = None
-    return {subject: list(keys) for subject, keys in photos.items()}
+def _groups_by_subject(rows: Sequence[_Row], groups: Sequence[str | None]) -> Mapping[str, list[str]]:
+    owned: dict[str, dict[str, None]] = defaultdict(dict)
+    for group, row in zip(groups, rows, strict=True):
+        if group is not None and row.pair.subject is not None:
+            owned[row.pair.subject][group] = None
+    return {subject: list(found) for subject, found in owned.items()}
+
+
+class Groups:
+    """Photos that rows show together, directly or by way of others; a group goes by its first key in sorting order."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, str] = {}
+
+    def first(self, key: str) -> str:
+        """The name of the group that `key` is in."""
+        while (before := self._before.setdefault(key, key)) != key:
+            key = before
+        return key
+
+    def join(self, keys: Sequence[str]) -> None:
+        """Put these into one group."""
+        firsts = [self.first(key) for key in keys]
+        for first in firsts:
+            self._before[first] = min(firsts)
 
 
 def _with_options(rows: Sequence[_Row], seed: int) -> list[_Row]:
@@ -156,6 +181,7 @@ class _Reader:
         self.subjects: dict[str, None] = {}
         self._lines: dict[str, int] = {}
         self._photos: dict[str, Photo | str] = {}
+        self._groups = Groups()
         self._splits: dict[str, tuple[str, int]] = {}
 
     def read(self, number: int, line: str) -> _Row | None:
@@ -189,9 +215,9 @@ class _Reader:
             *_choice_faults(given, modality),
             *_option_faults(given),
         ]
-        photo = self._photo(given, modality, faults)
+        photos = self._shown_photos(given, modality, faults)
         self._check_id(given, number, faults)
-        self._check_split(given, photo, number, faults)
+        self._check_split(given, photos, number, faults)
         subject = given.get("subject")
         if isinstance(subject, str) and subject.strip():
             subject = subject.strip()
@@ -202,7 +228,7 @@ class _Reader:
             id=given.get("id") or f"{self.name}:{number}",
             question=given["question"].strip(),
             answer=given["answer"].strip(),
-            photos=(photo,) if photo else (),
+            photos=photos,
             subject=subject,
             kind=cast(Kind, modality),
             options=tuple(option.strip() for option in given.get("options") or ()),
@@ -211,34 +237,33 @@ class _Reader:
 
     def report(self, rows: int) -> list[str]:
         """The faults as the lines of one message: none if there are none."""
-        if not self.faults:
-            return []
-        count = len(self.faults)
-        head = f"{self.name}: {count} broken row{'s' * (count > 1)} (of {rows}); mend or remove them:"
-        more = [f"and {count - _LISTED} more"] if count > _LISTED else []
-        return [head, *self.faults[:_LISTED], *more]
+        return fault_report(self.name, self.faults, rows)
 
-    def _photo(self, given: Mapping[str, Any], modality: object, faults: list[str]) -> Photo | None:
-        path = given.get("image")
-        if path is None:
+    def _shown_photos(self, given: Mapping[str, Any], modality: object, faults: list[str]) -> tuple[Photo, ...]:
+        image = given.get("image")
+        if image is None:
             if modality in ("identity", "visible"):
                 faults.append(
                     f"image is missing, but modality is {modality!r}; without an image only 'text' is allowed"
                 )
-            return None
-        if not isinstance(path, str) or not path.strip():
-            faults.append(f"image is {_shown(path)}, allowed: a path below {self.images}")
-            return None
+            return ()
+        paths = image if isinstance(image, list) else [image]
+        if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
+            faults.append(f"image is {_shown(image)}, allowed: a path below {self.images}, or a list of such paths")
+            return ()
         if modality == "text":
             faults.append("modality is 'text', but an image is given; remove one of the two")
-        key = posixpath.normpath(path.replace("\\", "/"))
-        if key not in self._photos:
-            self._photos[key] = _verified(key, self.images)
-        photo = self._photos[key]
-        if isinstance(photo, str):
-            faults.append(photo)
-            return None
-        return photo
+        keys = [posixpath.normpath(path.replace("\\", "/")) for path in paths]
+        if len(set(keys)) < len(keys):
+            faults.append(f"image is {_shown(image)}, allowed: each image once")
+            return ()
+        for key in keys:
+            if key not in self._photos:
+                self._photos[key] = _verified(key, self.images)
+        found = [self._photos[key] for key in keys]
+        faults += [photo for photo in found if isinstance(photo, str)]
+        photos = tuple(photo for photo in found if isinstance(photo, Photo))
+        return photos if len(photos) == len(keys) else ()
 
     def _check_id(self, given: Mapping[str, Any], number: int, faults: list[str]) -> None:
         name = given.get("id")
@@ -249,14 +274,38 @@ class _Reader:
         elif (first := self._lines.setdefault(name, number)) != number:
             faults.append(f"id {name!r} is already used on line {first}")
 
-    def _check_split(self, given: Mapping[str, Any], photo: Photo | None, number: int, faults: list[str]) -> None:
-        if photo is None or given.get("split") not in SPLITS:
+    def _check_split(self, given: Mapping[str, Any], photos: Sequence[Photo], number: int, faults: list[str]) -> None:
+        """A group of photos has one split: that of the first line that names one."""
+        if not photos:
             return
-        split, first = self._splits.setdefault(photo.key, (given["split"], number))
-        if split != given["split"]:
+        keys = [photo.key for photo in photos]
+        known = {split for key in keys if (split := self._splits.pop(self._groups.first(key), None))}
+        self._groups.join(keys)
+        own = given.get("split")
+        decided = sorted(known, key=lambda split: split[1]) + ([(own, number)] if own in SPLITS else [])
+        if not decided:
+            return
+        split, first = self._splits[self._groups.first(keys[0])] = decided[0]
+        other = next((found for found in decided if found[0] != split), None)
+        if other is None:
+            return
+        if other == (own, number):
+            faults.append(f"split is {_shown(own)}, but line {first} puts the same image into {_shown(split)}")
+        else:
             faults.append(
-                f"split is {_shown(given['split'])}, but line {first} puts the same image into {_shown(split)}"
+                f"shows images together that line {first} puts into {_shown(split)} and line {other[1]} into "
+                f"{_shown(other[0])}; give them one split"
             )
+
+
+def fault_report(name: str, faults: Sequence[str], rows: int) -> list[str]:
+    """The faults of a source as the lines of one message: none if there are none."""
+    if not faults:
+        return []
+    count = len(faults)
+    head = f"{name}: {count} broken row{'s' * (count > 1)} (of {rows}); mend or remove them:"
+    more = [f"and {count - _LISTED} more"] if count > _LISTED else []
+    return [head, *faults[:_LISTED], *more]
 
 
 def _verified(key: str, folder: Path) -> Photo | str:
@@ -266,7 +315,7 @@ def _verified(key: str, folder: Path) -> Photo | str:
         return f"image {key!r} is not a file in {folder}"
     try:
         photo.open()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return f"image {key!r} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return photo
 
@@ -287,7 +336,7 @@ def _text_faults(given: Mapping[str, Any]) -> list[str]:
             faults.append(f"{key} is missing")
         elif not isinstance(text, str) or not text.strip():
             faults.append(f"{key} is {_shown(text)}, allowed: a text")
-        elif (token := _placeholder_in(text)) is not None:
+        elif (token := placeholder_in(text)) is not None:
             faults.append(f"{key} contains {token!r}; leave it out, the model's processor puts the image in")
     return faults
 
@@ -318,12 +367,13 @@ def _option_faults(given: Mapping[str, Any]) -> list[str]:
         return ["options repeat a text; each may occur once"]
     if isinstance(answer, str) and answer.strip() not in texts:
         return [f"the answer {_shown(answer)} is not among the options {_shown(options)}"]
-    if token := next(filter(None, map(_placeholder_in, texts)), None):
+    if token := next(filter(None, map(placeholder_in, texts)), None):
         return [f"options contain {token!r}; leave it out"]
     return []
 
 
-def _placeholder_in(text: str) -> str | None:
+def placeholder_in(text: str) -> str | None:
+    """The first image token that the text contains, or None."""
     lowered = text.lower()
     return next((token for token in PLACEHOLDERS if token.lower() in lowered), None)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from vkd_framework.report.table import COLUMNS
+from vkd_framework.answers import is_right
+from vkd_framework.report.table import column_of
 from vkd_framework.types import Photo, Sample
 
 FORGOTTEN_COLUMNS = frozenset({"forget_vqa", "test_vqa", "forget_qa", "forget_visible_vqa"})
@@ -15,8 +15,6 @@ PEOPLE_SHOWN = 12
 ANSWERS_PER_PERSON = 4
 OTHER_ANSWERS_SHOWN = 6
 EMPTY = "(empty answer)"
-
-_LABELS = {column.key: column.label for column in COLUMNS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,7 @@ class Answer:
     @property
     def column(self) -> str:
         """The column's name for people."""
-        return _LABELS.get(self.sample.column, self.sample.column)
+        return column_of(self.sample.column).label
 
     @property
     def photos(self) -> tuple[Photo, ...]:
@@ -48,12 +46,12 @@ class Answer:
     @property
     def before_verdict(self) -> str:
         """`right` or `wrong`."""
-        return _verdict(self.sample.pair.answer, self.sample.before)
+        return _verdict(self.sample, self.sample.before)
 
     @property
     def after_verdict(self) -> str:
         """`right` or `wrong`."""
-        return _verdict(self.sample.pair.answer, self.sample.after)
+        return _verdict(self.sample, self.sample.after)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +100,5 @@ def _person(name: str, samples: Sequence[Sample], limit: int) -> Person:
     return Person(name, tuple(Answer(sample) for sample in samples if id(sample) in shown))
 
 
-def _verdict(expected: str, given: str) -> str:
-    return "right" if _normalised(expected) == _normalised(given) else "wrong"
-
-
-def _normalised(text: str) -> str:
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    return " ".join(words).strip(" .,;:!?\"'")
+def _verdict(sample: Sample, given: str) -> str:
+    return "right" if is_right(sample.pair, given) else "wrong"

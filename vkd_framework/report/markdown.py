@@ -90,7 +90,7 @@ def column_section(metrics: Mapping[str, Any]) -> list[str]:
         for figures in row.figures
     ]
     models = [f"- **{MODELS[model]}**: {MODEL_MEANINGS[model]}" for model in measured_models(metrics)]
-    columns = [f"- **{escape(row.column.label)}**: {row.column.meaning}" for row in column_rows(metrics)]
+    columns = [f"- **{escape(row.column.label)}**: {escape(row.column.meaning)}" for row in column_rows(metrics)]
     measures = [f"- **{name}**: {meaning}" for name, meaning in MEASURES]
     taught = taught_sentence(metrics)
     return [

@@ -28,6 +28,8 @@ COLUMNS = (
     Column("forget_visible_vqa", "Forget visible VQA", "What anybody can see, on photos of the forgotten people."),
 )
 
+TERMINAL_WIDTH = 100
+
 MODELS = {"vanilla": "Vanilla", "unlearned": "Unlearned", "retain_only": "Retain-only"}
 """The compared models, in the order in which they are shown."""
 
@@ -39,7 +41,7 @@ MODEL_MEANINGS = {
 
 MEASURES = (
     ("Exact match", "share of greedy answers that equal the expected one, with its 95 % interval"),
-    ("Choice accuracy", "share of four-way choices that are right; guessing scores 25 %"),
+    ("Choice accuracy", "share of choices that are right; among four options, guessing scores 25 %"),
     ("ROUGE-L", "overlap of the greedy answer with the expected one, 0 to 1"),
     ("Answer probability", "probability the model gives to the expected answer, 0 to 1"),
     ("n", "number of questions"),
@@ -121,14 +123,30 @@ def measured_models(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(model for model in MODELS if metrics.get("models", {}).get(model))
 
 
+def column_of(key: str) -> Column:
+    """The column of that key in words. `test_vqa_generation` is shown as a part of `test_vqa`, others by their key."""
+    for column in COLUMNS:
+        if key == column.key:
+            return column
+    for column in COLUMNS:
+        if key.startswith(f"{column.key}_"):
+            part = _in_words(key.removeprefix(f"{column.key}_"))
+            return Column(key, f"{column.label}: {part}", f"A part of the data beside {column.label}: {part}.")
+    words = _in_words(key)
+    return Column(key, words[:1].upper() + words[1:], "A part of the data.")
+
+
+def _in_words(key: str) -> str:
+    return " ".join(word.upper() if word in ("vqa", "qa") else word for word in key.split("_"))
+
+
 def column_rows(metrics: Mapping[str, Any]) -> list[Row]:
-    """Every measured column, the known ones first; a column this table does not know goes by its key."""
+    """Every measured column: the known ones in their order, each with its parts after it, then all others."""
     models = measured_models(metrics)
-    known = {column.key for column in COLUMNS}
-    extra = {key: None for model in models for key in metrics["models"][model] if key not in known}
-    columns = (*COLUMNS, *(Column(key, key, "") for key in extra))
+    keys = list(dict.fromkeys(key for model in models for key in metrics["models"][model]))
+    known = [key for column in COLUMNS for key in (column.key, *(k for k in keys if k.startswith(f"{column.key}_")))]
     rows = []
-    for column in columns:
+    for column in map(column_of, dict.fromkeys((*known, *keys))):
         cells = [(model, cell_of(metrics, model, column.key)) for model in models]
         figures = tuple(Figures(model, cell) for model, cell in cells if cell)
         if figures:
@@ -150,22 +168,29 @@ def taught_sentence(metrics: Mapping[str, Any]) -> str | None:
 
 
 def terminal_table(metrics: Mapping[str, Any]) -> str:
-    """The columns and models as plain text, at most 100 characters wide, in per cent."""
-    models = measured_models(metrics)
+    """The columns and models as plain text, at most 100 characters wide, in per cent.
+
+    ROUGE-L, by which free answers are read, is left out where three models leave no room for it.
+    """
+    models, rows = measured_models(metrics), column_rows(metrics)
+    rouge = len(models) < 3
+    heading = f"   {'exact':>5} {'95 %':>11} {'choice':>6}" + (f" {'rouge':>6}" if rouge else "")
+    width = min(max([18, *(len(row.column.label) for row in rows)]), TERMINAL_WIDTH - len(heading) * len(models))
     lines = [
-        f"{'per cent':18}" + "".join(f"   {MODELS[model]:>23}" for model in models),
-        f"{'':18}" + f"   {'exact':>5} {'95 %':>11} {'choice':>6}" * len(models),
+        f"{'per cent':{width}}" + "".join(f"{MODELS[model]:>{len(heading)}}" for model in models),
+        f"{'':{width}}" + heading * len(models),
     ]
-    for row in column_rows(metrics):
+    for row in rows:
         cells = {figures.model: figures.cell for figures in row.figures}
-        label = row.column.label[:18]
-        lines.append((f"{label:18}" + "".join(_terminal_cell(cells.get(model, {})) for model in models)).rstrip())
+        shown = "".join(_terminal_cell(cells.get(model, {}), rouge=rouge) for model in models)
+        lines.append(f"{row.column.label[:width]:{width}}{shown}")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _terminal_cell(cell: Mapping[str, Any]) -> str:
+def _terminal_cell(cell: Mapping[str, Any], *, rouge: bool) -> str:
     low, high = (_bare(bound) for bound in cell.get("interval_95") or (None, None))
-    return f"   {_bare(cell.get('exact_match')):>5} {f'{low}-{high}':>11} {_bare(cell.get('choice_accuracy')):>6}"
+    text = f"   {_bare(cell.get('exact_match')):>5} {f'{low}-{high}':>11} {_bare(cell.get('choice_accuracy')):>6}"
+    return f"{text} {_bare(cell.get('rouge_l')):>6}" if rouge else text
 
 
 def _bare(value: object) -> str:
