@@ -7,8 +7,10 @@ functions, so that listing adapters and presets does not wait for it.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkd_framework.errors import AdapterError, ModelError
@@ -192,6 +194,12 @@ def image_token_id(model: PreTrainedModel) -> int:
     return found
 
 
+def read_presets(adapter_file: str) -> dict[str, dict[str, Any]]:
+    """Hub id -> config, from the `.json` file beside an adapter's file: what `vkd_model_presets` returns."""
+    presets: dict[str, dict[str, Any]] = json.loads(Path(adapter_file).with_suffix(".json").read_text(encoding="utf-8"))
+    return presets
+
+
 def _common_prefix(a: str, b: str) -> int:
     """How many characters two texts share at their beginnings."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -278,6 +286,11 @@ class GenericPlugin:
     def vkd_locate_vision_modules(self, model: PreTrainedModel) -> VisionModules:
         """Without modules nested in the encoder; adapters of families that have some pass their names."""
         return locate_vision_modules(model)
+
+    @hookimpl
+    def vkd_refused_model_types(self) -> Mapping[str, str]:
+        """None known."""
+        return {}
 
     @hookimpl
     def vkd_model_presets(self) -> Mapping[str, Mapping[str, Any]]:

@@ -97,6 +97,11 @@ def vkd_tiny_model(  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
+def vkd_refused_model_types() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """`config.model_type` -> why this adapter does not serve it and what to use instead, for near relatives."""
+
+
+@hookspec(firstresult=True)
 def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body]
     """Hub id -> the contents of its config.json, for well-known checkpoints of the family.
 

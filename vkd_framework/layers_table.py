@@ -80,25 +80,39 @@ def _tiny(name: str, adapter: Adapter | None) -> Anatomy:
 
 def _config(source: str, adapter: Adapter | None) -> Any:
     """The transformers config of a preset, a local folder or file, or a hub id."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, PretrainedConfig
 
     contents = _config_file(source, adapter)
-    if contents is not None:
+    try:
+        if contents is None:
+            contents = PretrainedConfig.get_config_dict(source)[0]
         model_type = contents.get("model_type")
+        if refused := _refused(str(model_type)):
+            raise ModelError(f"{source}: {refused}")
         if model_type not in CONFIG_MAPPING:
             raise ModelError(
                 f"{source}: transformers knows no model_type {model_type!r}"
                 f"{nearest(str(model_type), list(CONFIG_MAPPING))}"
             )
         return CONFIG_MAPPING[model_type].from_dict(dict(contents))
-    try:
-        return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         known = list(all_presets())
         raise ModelError(
             f"{source}: no preset, no local folder with a config.json, and not to be had from the hub"
             f"{nearest(source, known)}; presets: {', '.join(known)}"
         ) from error
+
+
+def _refused(model_type: str) -> str | None:
+    """What some adapter says about a near relative of its family that it does not serve."""
+    for installed in installed_adapters():
+        try:
+            refused = load_adapter(installed.name).refused_model_types
+        except AdapterError:
+            continue
+        if model_type in refused:
+            return refused[model_type]
+    return None
 
 
 def _config_file(source: str, adapter: Adapter | None) -> Mapping[str, Any] | None:

@@ -139,6 +139,14 @@ class Adapter:
             raise self._offence("vkd_model_presets", f"must return hub id -> config mapping, returned {presets!r}")
         return {name: dict(config) for name, config in presets.items()}
 
+    @cached_property
+    def refused_model_types(self) -> dict[str, str]:
+        """Near relatives of the family that are not served -> what to use instead."""
+        refused = self._ask("vkd_refused_model_types")
+        if not isinstance(refused, Mapping) or not all(isinstance(why, str) for why in refused.values()):
+            raise self._offence("vkd_refused_model_types", f"must return model type -> reason, returned {refused!r}")
+        return dict(refused)
+
     def load(self, source: str, dtype: torch.dtype, device: str) -> MLLM:
         """Load a model and bind it. Raises ModelError when it is not of this adapter's family."""
         return self.bind(*self._pair("vkd_load_model", source=source, dtype=dtype, device=device))

@@ -98,14 +98,15 @@ def processor(
     tokenizer: Any,
     image: Mapping[str, Any],
     options: Mapping[str, Any],
+    adapter_file: str,
     *,
     video: Mapping[str, Any] | None = None,
     image_class: str | None = None,
 ) -> ProcessorMixin:
     """The processor of `model_type`, with image and video processors of the classes that transformers pairs it with.
 
-    `image`, `video`: their settings (`video` defaults to `image`); `options`: those of the processor itself.
-    `image_class`: the image processor's class, where transformers pairs none with the model type.
+    The chat template is the `.jinja` file beside `adapter_file`. `image`, `video`: their settings (`video` defaults to
+    `image`); `options`: those of the processor itself. `image_class`: where transformers pairs none with the type.
     """
     import transformers
     from transformers.models.auto import image_processing_auto, video_processing_auto
@@ -118,7 +119,9 @@ def processor(
     parts = {"image_processor": getattr(transformers, image_class)(**image)}
     if names := video_processing_auto.VIDEO_PROCESSOR_MAPPING_NAMES.get(model_type):
         parts["video_processor"] = getattr(transformers, _class_name(names))(**(image if video is None else video))
-    return getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])(tokenizer=tokenizer, **parts, **options)
+    template = Path(adapter_file).with_suffix(".jinja").read_text(encoding="utf-8")
+    kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    return kind(tokenizer=tokenizer, chat_template=template, **parts, **options)
 
 
 def _class_name(entry: Any) -> str:
@@ -160,17 +163,25 @@ def vision_sizes(image_size: int) -> dict[str, Any]:
 
 
 def build(
-    model_type: str, settings: Mapping[str, Any], tokenizer: Any, seed: int, *, stop: str | None = None
-) -> PreTrainedModel:
-    """A model of `model_type` with random weights from `seed`; it stops at the `stop` token and at the end token."""
+    model_type: str,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    processor: ProcessorMixin,
+    *,
+    seed: int,
+    stop: str | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model of `model_type` with random weights from `seed` and its processor: what `vkd_tiny_model` returns.
+
+    `settings`: the config's. The model stops at the `stop` token and at the tokenizer's end token.
+    """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
     shared = {"tie_word_embeddings": True, "initializer_range": INITIALIZER_RANGE}
-    config = CONFIG_MAPPING[model_type](**shared | dict(settings))
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type](**shared | dict(settings)))
     ends = [tokenizer.convert_tokens_to_ids(stop)] if stop else []
     model.generation_config.eos_token_id = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval()
+    return model.eval(), processor

@@ -7,10 +7,8 @@ model.text_model      language model, with lm_head beside `model`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkd_framework import generic, tiny
@@ -21,22 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, ProcessorMixin
 
-STOP = "<end_of_utterance>"
+STOP, FAKE = "<end_of_utterance>", "<fake_token_around_image>"
 NAMED = {
-    "image_token": "<image>",
-    "fake_image_token": "<fake_token_around_image>",
-    "image_boundary_token": "<fake_token_around_image>",
-    "global_image_token": "<global-img>",
-    "end_of_utterance_token": STOP,
+    **{"image_token": "<image>", "global_image_token": "<global-img>", "end_of_utterance_token": STOP},
+    **{"fake_image_token": FAKE, "image_boundary_token": FAKE},
 }
 TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-CHAT_TEMPLATE = (
-    "<s>{% for message in messages %}{{ message['role'].capitalize() }}:"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 
 
 @hookimpl
@@ -47,9 +35,8 @@ def vkd_model_types() -> Sequence[str]:
 
 @hookimpl
 def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:
-    """Published sizes."""
-    presets: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    return presets
+    """Published sizes; what a config does not name is its class's default."""
+    return generic.read_presets(__file__)
 
 
 @hookimpl
@@ -74,24 +61,19 @@ def vkd_tiny_model(
     second, tokens = model_type == "idefics2", (image_size // tiny.PATCH // 2) ** 2
     tokenizer = tiny.tokenizer(texts, [*dict.fromkeys(NAMED.values()), *TILES], begin="<s>", end="</s>", named=NAMED)
     resampler = {
-        "hidden_size": tiny.WIDTH,
-        "num_key_value_heads": tiny.HEADS // 2,
-        "resampler_n_latents": tokens,
-        "resampler_depth": 2,
-        "resampler_n_heads": tiny.HEADS,
-        "resampler_head_dim": tiny.WIDTH // tiny.HEADS,
+        **{"hidden_size": tiny.WIDTH, "num_key_value_heads": tiny.HEADS // 2, "resampler_n_latents": tokens},
+        **{"resampler_depth": 2, "resampler_n_heads": tiny.HEADS, "resampler_head_dim": tiny.WIDTH // tiny.HEADS},
     }
     settings = {
         "vision_config": tiny.vision_sizes(image_size),
         "text_config": {"model_type": "mistral" if second else "llama", **tiny.language_sizes(tokenizer, STOP)},
-        "image_token_id": tokenizer.convert_tokens_to_ids(NAMED["image_token"]),
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
         **({"perceiver_config": resampler} if second else {"scale_factor": 2}),
     }
-    tile = {"longest_edge": image_size}
+    tile: dict[str, Any] = {"longest_edge": image_size}
     if second:
         image = {"size": {"shortest_edge": image_size // 2, **tile}}
     else:
         image = {"size": {"longest_edge": 2 * image_size}, "max_image_size": tile}
-    options = {"chat_template": CHAT_TEMPLATE, "image_seq_len": tokens}
-    processor = tiny.processor(model_type, tokenizer, image, options)
-    return tiny.build(model_type, settings, tokenizer, seed, stop=STOP), processor
+    processor = tiny.processor(model_type, tokenizer, image, {"image_seq_len": tokens}, __file__)
+    return tiny.build(model_type, tokenizer, settings, processor, seed=seed, stop=STOP)

@@ -7,10 +7,8 @@ model.language_model           language model, with lm_head beside `model`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkd_framework import generic, tiny
@@ -22,13 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 NAMED = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @hookimpl
@@ -38,10 +29,18 @@ def vkd_model_types() -> Sequence[str]:
 
 
 @hookimpl
+def vkd_refused_model_types() -> Mapping[str, str]:
+    """The remote-code life of the same weights."""
+    return {
+        "internvl_chat": "InternVLChatModel is remote code that transformers 5 cannot load; use the native checkpoint "
+        "with the same weights, such as OpenGVLab/InternVL3-8B-hf (the name ends in -hf)"
+    }
+
+
+@hookimpl
 def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:
-    """Published sizes."""
-    presets: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    return presets
+    """Published sizes; what a config does not name is its class's default."""
+    return generic.read_presets(__file__)
 
 
 @hookimpl
@@ -66,15 +65,14 @@ def vkd_tiny_model(
     """InternViT and a Qwen2; a square photo is one tile."""
     special = [*NAMED.values(), "<video>", "<|im_start|>", "<|im_end|>"]
     tokenizer = tiny.tokenizer(texts, special, end="<|endoftext|>", named={**NAMED, "video_token": "<video>"})
-    square = {"height": image_size, "width": image_size}
     settings = {
         "vision_config": {"model_type": "internvl_vision", **tiny.vision_sizes(image_size)},
         "text_config": {"model_type": "qwen2", **tiny.language_sizes(tokenizer, "<|im_end|>")},
         "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         "downsample_ratio": 0.5,
     }
-    options = {"image_seq_length": (image_size // tiny.PATCH // 2) ** 2, "chat_template": CHAT_TEMPLATE}
-    image = {"size": square, "crop_to_patches": True}
+    video = {"size": {"height": image_size, "width": image_size}}
+    image, options = {**video, "crop_to_patches": True}, {"image_seq_length": (image_size // tiny.PATCH // 2) ** 2}
     kind = "GotOcr2ImageProcessor"
-    processor = tiny.processor(model_type, tokenizer, image, options, video={"size": square}, image_class=kind)
-    return tiny.build(model_type, settings, tokenizer, seed, stop="<|im_end|>"), processor
+    processor = tiny.processor(model_type, tokenizer, image, options, __file__, video=video, image_class=kind)
+    return tiny.build(model_type, tokenizer, settings, processor, seed=seed, stop="<|im_end|>")

@@ -8,9 +8,7 @@ model.language_model                   language model, with lm_head beside `mode
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkd_framework import generic, tiny
@@ -21,18 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
+    **{"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    **{"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"},
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @hookimpl
@@ -43,9 +32,8 @@ def vkd_model_types() -> Sequence[str]:
 
 @hookimpl
 def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:
-    """Published sizes; what is not named is the config class's default."""
-    presets: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    return presets
+    """Published sizes; what a config does not name is its class's default."""
+    return generic.read_presets(__file__)
 
 
 @hookimpl
@@ -62,8 +50,7 @@ def vkd_tiny_model(
     special = ["<|im_start|>", "<|im_end|>", *TOKENS.values()]
     tokenizer = tiny.tokenizer(texts, special, end="<|endoftext|>", kind="Qwen2TokenizerFast")
     sizes = tiny.vision_sizes(image_size)
-    width, merge = sizes.pop("hidden_size"), {"spatial_merge_size": 2, "temporal_patch_size": 2}
-    vision = {**sizes, **merge, "depth": sizes["num_hidden_layers"], "num_heads": tiny.HEADS}
+    width, vision = sizes.pop("hidden_size"), {**sizes, "depth": tiny.BLOCKS, "num_heads": tiny.HEADS}
     if model_type == "qwen2_vl":
         vision |= {"embed_dim": width, "hidden_size": tiny.WIDTH, "mlp_ratio": 3}
     else:
@@ -73,11 +60,11 @@ def vkd_tiny_model(
     language = tiny.language_sizes(tokenizer, "<|im_end|>") | {"head_dim": tiny.WIDTH // tiny.HEADS}
     rope = {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]}
     settings = {
-        "vision_config": vision,
+        "vision_config": {**vision, "spatial_merge_size": 2, "temporal_patch_size": 2},
         "text_config": {**language, "rope_theta": 10_000.0, "rope_scaling": rope},
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()},
     }
     image = {"patch_size": tiny.PATCH, "merge_size": 2, "temporal_patch_size": 2}
     image |= {"min_pixels": (2 * tiny.PATCH) ** 2, "max_pixels": image_size**2}
-    processor = tiny.processor(model_type, tokenizer, image, {"chat_template": CHAT_TEMPLATE})
-    return tiny.build(model_type, settings, tokenizer, seed, stop="<|im_end|>"), processor
+    processor = tiny.processor(model_type, tokenizer, image, {}, __file__)
+    return tiny.build(model_type, tokenizer, settings, processor, seed=seed, stop="<|im_end|>")
