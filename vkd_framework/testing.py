@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ import numpy
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor
 
 from vkd_framework.errors import AdapterError, ModelError, VKDError
 from vkd_framework.features import FeatureTap, PhotoFeatures, photo_features, vision_forward
@@ -34,6 +36,7 @@ from vkd_framework.generic import image_token_id, render
 from vkd_framework.layers_table import describe
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, Adapter, Anatomy, installed_adapters, load_adapter
+from vkd_framework.progress import Progress
 from vkd_framework.recipe import is_tiny, nearest
 from vkd_framework.types import EncodedBatch, ImageQuestionPair, Part, Photo
 
@@ -78,7 +81,7 @@ def check_adapter(adapter: str | Adapter, source: str | None = None) -> list[Che
     those that stop at the very same error are told in one. Raises AdapterError when the adapter cannot be loaded.
     """
     adapter = find_adapter(adapter) if isinstance(adapter, str) else adapter
-    results = _outcomes(ADAPTER_CHECKS, adapter)
+    results = _outcomes(ADAPTER_CHECKS, adapter, adapter.name)
     if source is None and "vkd_tiny_model" not in adapter.hooks:
         missing = "write vkd_tiny_model (docs/hooks.md), or name a model: `--model` or `source`"
         found = f"adapter {adapter.name!r} has no hook vkd_tiny_model and no model was named"
@@ -137,13 +140,13 @@ def _check_model(adapter: Adapter, source: str, folder: Path) -> list[CheckResul
     except Exception as error:
         look = f"{LOAD if not is_tiny(source) else TINY}; the other checks need a model and were left out"
         return [CheckResult("the-model-loads", False, f"{source} is built, saved and loaded", _one_line(error), look)]
-    return _outcomes(MODEL_CHECKS, subject)
+    return _outcomes(MODEL_CHECKS, subject, source)
 
 
-def _outcomes(checks: Iterable[Check], subject: Any) -> list[CheckResult]:
+def _outcomes(checks: Sequence[Check], subject: Any, what: str) -> list[CheckResult]:
     results: list[CheckResult] = []
     raised: dict[str, list[str]] = {}
-    for check in checks:
+    for check in Progress(checks, f"check {what}"):
         statement = _statement(check)
         try:
             check.run(subject)
@@ -419,7 +422,6 @@ def resized(photo: Photo, width: int, height: int) -> Photo:
 
 def transformers_knows_the_model_types(adapter: Adapter) -> None:
     """Every model type served is one that transformers builds an image-text-to-text model for."""
-    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
     for model_type in adapter.model_types:
@@ -467,8 +469,6 @@ def the_same_seed_gives_the_same_tiny_model(subject: Subject) -> None:
 
 def a_saved_model_loads_unchanged(subject: Subject) -> None:
     """Weights and logits are identical after saving and loading, by the adapter and by the Auto classes."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     folder = str(subject.saved)
     again = subject.adapter.load(folder, torch.float32, "cpu")
     auto = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -1183,8 +1183,6 @@ def _spy(processor: Any, given: set[str]) -> Any:
 
 def _watch_features(mllm: MLLM, inputs: Mapping[str, Tensor], handed: list[int]) -> None:
     """Count the rows of what `get_image_features` returns, whichever form a transformers version gives it."""
-    import inspect
-
     accepted = inspect.signature(mllm.model.get_image_features).parameters
     named = {name for name, parameter in accepted.items() if parameter.kind is not parameter.VAR_KEYWORD}
     answer = mllm.model.get_image_features(**{name: value for name, value in inputs.items() if name in named})
