@@ -371,6 +371,22 @@ class Subject:
             for key, inputs in self.exchanged.items()
         }
 
+    def entering(self, path: str, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """`[R, D]`: the hidden states that a vision-only pass hands to a module, flattened; None when it takes none."""
+        entered: list[Tensor] = []
+
+        def note(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            first = positional[0] if positional else named.get("hidden_states")
+            if isinstance(first, Tensor) and first.ndim > 1:
+                entered.append(first.flatten(0, -2))
+
+        handle = self.mllm.model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self.look(inputs)
+        finally:
+            handle.remove()
+        return entered[0] if entered else None
+
     def token(self, ids: int | Sequence[int] | Tensor) -> str:
         """Token ids as text, special tokens spelt out."""
         listed = [ids] if isinstance(ids, int) else list(ids)
@@ -741,29 +757,30 @@ def neighbours_do_not_change_a_samples_rows(subject: Subject) -> None:
                 raise Wrong(f"{layer}: the rows of sample {b} ({pair.id}) as alone", f"{gap:.2g} apart")
 
 
-def only_rows_that_show_the_photo_are_real(subject: Subject) -> None:
-    """Before the first block, exactly the real rows depend on the photo: no class token, no padding is among them."""
-    pair = subject.plain[0]
-    first = subject.mllm.layers[0]
-    entered = []
-    for shown in (pair, replace(pair, photos=(redrawn(pair.photos[0]),))):
-        inputs = subject.mllm.tokenize([shown]).inputs
-        entered.append(_entering(subject, first.path, inputs))
-    made = subject.look(inputs)
-    rows = len(made.tap.features[first.name])
-    before, after = entered
-    if before is None or after is None or len(before) != rows:
-        return
-    shows = _differs(before, after)
-    for layer in subject.mllm.layers:
-        if layer.name == "projector" or len(made.tap.features[layer.name]) != rows:
-            continue
-        real = subject.adapter.feature_rows(subject.mllm.model, inputs, layer, rows).real
-        if not torch.equal(real, shows):
-            raise Wrong(
-                f"{layer.name}: {int(shows.sum())} of {rows} rows show the photo",
-                f"{_rows(real & ~shows)} real without showing it, {_rows(shows & ~real)} showing it but not real",
-            )
+def only_rows_that_show_a_photo_are_real(subject: Subject) -> None:
+    """Before the first block, real rows depend on a photo, and of an unpadded one all that depend on it are real."""
+    square = subject.mllm.tokenize(subject.plain[:1]).inputs
+    other = subject.mllm.tokenize([replace(subject.plain[0], photos=(redrawn(subject.pictures["square"]),))]).inputs
+    for inputs, exchanged, padded in (
+        (square, [other], False),
+        (subject.batch.inputs, list(subject.exchanged.values()), True),
+    ):
+        first = subject.mllm.layers[0].path
+        before, *after = (subject.entering(first, one) for one in (inputs, *exchanged))
+        if before is None:
+            return
+        shows = torch.stack([_differs(one, before) for one in after if one is not None]).any(dim=0)
+        rows = len(shows)
+        for layer in subject.mllm.layers:
+            if layer.name == "projector":
+                continue
+            real = subject.adapter.feature_rows(subject.mllm.model, inputs, layer, rows).real
+            strays, lost = real & ~shows, shows & ~real
+            if bool(strays.any()) or (bool(lost.any()) and not padded):
+                raise Wrong(
+                    f"{layer.name}: {int(shows.sum())} of {rows} rows show a photo",
+                    f"{_rows(strays)} real without showing one, {_rows(lost)} showing one but not real",
+                )
 
 
 def real_rows_are_finite(subject: Subject) -> None:
@@ -860,21 +877,19 @@ def prompts_are_prefixes(subject: Subject) -> None:
 
 
 def answers_end_with_the_first_stop_token(subject: Subject) -> None:
-    """The first stop token is the one that the chat template writes after an answer."""
+    """The first stop token is what follows an answer in the chat template, or else in the encoded text."""
     processor, pair = subject.mllm.processor, subject.plain[0]
     first = subject.mllm.stop_ids[0]
-    if getattr(processor, "chat_template", None):
-        text = render(processor, pair.question, len(pair.photos), pair.answer)
-        tail = text.rpartition(pair.answer)[2]
+    text = render(processor, pair.question, len(pair.photos), pair.answer) if _has_template(processor) else ""
+    tail = text.rpartition(pair.answer)[2].strip()
+    if tail:
         after = list(processor.tokenizer(tail, add_special_tokens=False).input_ids)
-        if not tail.strip():
-            raise Wrong(f"{subject.token(first)!r} after an answer", "the chat template writes nothing after it")
-    else:
+    else:  # nothing is written there, so the hook has to
         ids, content = subject.batch.inputs["input_ids"][0], subject.batch.content[0]
         after = ids[int(content.nonzero().max()) + 1 :].tolist()
     if after[:1] != [first]:
         raise Wrong(
-            f"{subject.token(after[:1])!r} as first stop token, as the chat template writes after an answer",
+            f"{subject.token(after[:1])!r} as first stop token, because it follows an answer",
             f"{subject.token(first)!r} (all: {_few([subject.token(i) for i in subject.mllm.stop_ids])})",
         )
 
@@ -1000,7 +1015,7 @@ MODEL_CHECKS = (
     Check(text_only_samples_have_no_rows, ROWS),
     Check(photos_of_a_sample_come_in_order, ROWS),
     Check(neighbours_do_not_change_a_samples_rows, ROWS),
-    Check(only_rows_that_show_the_photo_are_real, ROWS),
+    Check(only_rows_that_show_a_photo_are_real, ROWS),
     Check(real_rows_are_finite, ROWS),
     Check(labels_cover_the_answer_and_one_stop_token, TOKENS),
     Check(labels_begin_right_after_the_prompt, TOKENS),
@@ -1150,21 +1165,8 @@ def _mode(model: Any, checkpointing: bool | None) -> Iterator[None]:
             module.__dict__.update(values)
 
 
-def _entering(subject: Subject, path: str, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """`[R, D]`: the hidden states that enter a module, flattened; None when it takes none."""
-    entered: list[Tensor] = []
-
-    def note(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        first = positional[0] if positional else named.get("hidden_states")
-        if isinstance(first, Tensor) and first.ndim > 1:
-            entered.append(first.flatten(0, -2))
-
-    handle = subject.mllm.model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        subject.look(inputs)
-    finally:
-        handle.remove()
-    return entered[0] if entered else None
+def _has_template(processor: Any) -> bool:
+    return bool(getattr(processor, "chat_template", None))
 
 
 def _spy(processor: Any, given: set[str]) -> Any:
