@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,30 @@ def adapters(as_json: bool) -> None:
         click.echo(f"  model types: {', '.join(row['model_types'])}")
         click.echo(f"  presets:     {', '.join(row['presets']) or 'none'}")
         click.echo(f"  hooks:       {', '.join(row['hooks'])}")
+
+
+@main.command("check-adapter")
+@click.argument("name")
+@click.option(
+    "--model",
+    metavar="REF",
+    help="Hub id, local folder or tiny:MODEL_TYPE to check with. Default: the tiny model of each model type.",
+)
+@JSON
+def check_adapter(name: str, model: str | None, as_json: bool) -> None:
+    """Check that adapter NAME tells the truth about its models; exit status 1 when it does not.
+
+    NAME is a registered adapter, or the dotted path of a module that can be imported from here. The checks are listed
+    in docs/conformance.md.
+    """
+    sys.path.insert(0, os.getcwd())  # an author checks before installing
+    with quick_imports():
+        from vkd_framework import testing
+
+    results = testing.check_adapter(name, model)
+    click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else testing.table(results))
+    if not all(result.ok for result in results):
+        sys.exit(1)
 
 
 @main.group(cls=Commands)
