@@ -21,7 +21,7 @@ FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
     ("data", "batches", "features", "losses", "saliency"),
-    ("teach", "unlearn", "evaluate", "relearn", "vanilla", "proofs"),
+    ("teach", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
     ("report", "layers_table", "doctor"),
     ("run",),
     ("cli", "__main__"),

@@ -114,18 +114,39 @@ def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool,
 
 
 @main.command("inspect-layers")
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option(
+    "--recipe", metavar="RECIPE", help="Measure the starting model of a recipe on its data, and suggest layers."
+)
+@SET
+@click.option("--adapter", metavar="NAME", help="The adapter to ask, when several serve the model.")
 @JSON
-def inspect_layers(model: str, as_json: bool) -> None:
+def inspect_layers(
+    model: str | None, recipe: str | None, overrides: tuple[str, ...], adapter: str | None, as_json: bool
+) -> None:
     """Show the parts and distillation layers of MODEL, without its weights.
 
     MODEL is a preset such as Qwen/Qwen2-VL-7B-Instruct, a local folder or config.json, a hub id, or tiny:NAME for the
     tiny model of an adapter or a model type.
-    """
-    from vkd_framework.layers_table import inspect, table
 
-    with quick_imports():
-        found = inspect(model)
+    With --recipe, MODEL is the recipe's and may be left out. Its weights are loaded, and each layer is shown with how
+    well people can be told apart there, how hard forgetting pulls there, and whether to distil there.
+    """
+    if recipe is None and model is None:
+        raise click.UsageError("give a MODEL, or --recipe")
+    if recipe is None and overrides:
+        raise click.UsageError("--set goes with --recipe")
+    if recipe is not None and adapter is not None:
+        raise click.UsageError(f"the recipe names the adapter; write --set adapter={adapter}")
+    from vkd_framework.layers_table import inspect, inspect_recipe, table
+
+    if recipe is not None:
+        with quick_imports():
+            import vkd_framework.probe  # noqa: F401 (what follows takes minutes and needs garbage collection)
+        found = inspect_recipe(recipe, overrides, model)
+    else:
+        with quick_imports():
+            found = inspect(str(model), adapter)
     click.echo(json.dumps(found, indent=2) if as_json else table(found))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,6 +42,9 @@ class Installed:
     rival: str | None = None
     """Another distribution that claims the same name."""
 
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.distribution} {self.version})"
+
 
 def installed_adapters() -> list[Installed]:
     """All registered adapters, by name; a name claimed twice is an error only for whoever asks for it."""
@@ -68,52 +72,83 @@ def load_adapter(name: str) -> Adapter:
     entry = next(iter(importlib.metadata.entry_points(group=PROJECT, name=name)))
     try:
         plugin = entry.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AdapterError(
-            f"adapter {name!r} ({known[name].distribution} {known[name].version}) does not import: "
-            f"{type(error).__name__}: {_one_line(error)}"
+            f"adapter {known[name]} does not import: {_told(error)}{_mend_of_import(error, known[name])}"
         ) from error
-    return Adapter(name, plugin)
+    return Adapter(name, plugin, known[name])
 
 
-def adapter_for_model_type(model_type: str) -> Adapter:
-    """The adapter that serves a `config.model_type`; adapters that do not import are passed over unless none fits."""
+def working_adapters() -> tuple[dict[Installed, Adapter], list[str]]:
+    """Every installed adapter that can be asked for its model types and presets, and what is wrong with the others."""
+    working: dict[Installed, Adapter] = {}
     broken: list[str] = []
-    served: list[str] = []
     for installed in installed_adapters():
         try:
             adapter = load_adapter(installed.name)
-            types = adapter.model_types
+            _ = adapter.model_types, adapter.presets, adapter.refused_model_types
         except AdapterError as error:
             broken.append(str(error))
-            continue
-        if model_type in types:
-            return adapter
-        served += types
+        else:
+            working[installed] = adapter
+    return working, broken
+
+
+def adapter_for_model_type(model_type: str) -> Adapter:
+    """The one adapter that serves a `config.model_type`.
+
+    Adapters that cannot be asked are passed over unless none fits. Raises AdapterError when none does, and when several
+    do: no installed adapter, ours included, wins over another without being chosen.
+    """
+    working, broken = working_adapters()
+    fitting = {installed: adapter for installed, adapter in working.items() if model_type in adapter.model_types}
+    if fitting:
+        return the_one(fitting, f"model type {model_type!r} is served")
+    served = [each for adapter in working.values() for each in adapter.model_types]
     trouble = f"; these could not be asked: {'; '.join(broken)}" if broken else ""
     raise AdapterError(f"no installed adapter serves model type {model_type!r} (served: {', '.join(served)}){trouble}")
+
+
+def the_one(claims: Mapping[Installed, T], claimed: str) -> T:
+    """The only value; with several, AdapterError names who claims it and how to choose. `claimed` begins the sentence.
+
+    Only for what the user can choose with `--adapter` or with a recipe.
+    """
+    if len(claims) > 1:
+        names = " or ".join(installed.name for installed in claims)
+        raise AdapterError(
+            f"{claimed} by several adapters: {', '.join(str(installed) for installed in claims)}; choose one: "
+            f"--adapter {names}, or `adapter:` in a recipe"
+        )
+    return next(iter(claims.values()))
 
 
 class Adapter:
     """Typed access to one adapter's hooks. Every method raises AdapterError naming plugin, hook and offence."""
 
-    def __init__(self, name: str, plugin: object) -> None:
+    def __init__(self, name: str, plugin: object, installed: Installed | None = None) -> None:
         self.name = name
+        self._who = f"adapter {installed or repr(name)}"
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._manager.register(GenericPlugin(), name="generic")
         if isinstance(plugin, type):
-            raise AdapterError(f"adapter {name!r} is the class {plugin.__name__}; register an instance or a module")
+            raise AdapterError(f"{self._who} is the class {plugin.__name__}; register an instance or a module")
         try:
             self._manager.register(plugin, name=name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
+            raise AdapterError(f"{self._who}: {_one_line(error)}{self._nearest_hook(plugin)}") from error
+        except Exception as error:  # pluggy reads every attribute of a plugin, and reading may raise
+            raise AdapterError(f"{self._who} cannot be registered: {_told(error)}") from error
+        if unmarked := self._unmarked(plugin):
             raise AdapterError(
-                f"adapter {name!r}: {' '.join(str(error).split())}{self._nearest_hook(plugin)}"
-            ) from error
+                f"{self._who}: {unmarked} is not marked as a hook, it would never be asked; "
+                f"mark it with @hookimpl{self._nearest_hook(plugin)}"
+            )
         own = self._manager.get_hookcallers(plugin) or []
         if "vkd_model_types" not in {caller.name for caller in own}:
-            raise AdapterError(f"adapter {name!r}: the required hook vkd_model_types is missing")
+            raise AdapterError(f"{self._who}: the required hook vkd_model_types is missing")
         self.hooks = tuple(sorted(caller.name for caller in own))
         for caller in own:
             for implementation in caller.get_hookimpls():
@@ -273,8 +308,8 @@ class Adapter:
             answer = getattr(self._manager.hook, hook)(**arguments)
         except (AdapterError, ModelError):
             raise
-        except Exception as error:
-            raise self._offence(hook, f"raised {type(error).__name__}: {_one_line(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise self._offence(hook, f"raised {_told(error)}") from error
         if answer is None:
             raise self._offence(hook, "gave no answer, and there is no generic one")
         return answer
@@ -292,7 +327,21 @@ class Adapter:
         return answer
 
     def _offence(self, hook: str, what: str) -> AdapterError:
-        return AdapterError(f"adapter {self.name!r}, hook {hook}: {what}")
+        return AdapterError(f"{self._who}, hook {hook}: {what}")
+
+    def _unmarked(self, plugin: object) -> str | None:
+        """The first function that is called like a hook and that pluggy did not pick up."""
+        return next(
+            (
+                name
+                for name in dir(plugin)
+                if name.startswith("vkd_")
+                and inspect.isroutine(function := getattr(plugin, name))
+                and function is not getattr(hookspecs, name, None)
+                and self._manager.parse_hookimpl_opts(plugin, name) is None
+            ),
+            None,
+        )
 
     def _nearest_hook(self, plugin: object) -> str:
         names = [name for name in dir(hookspecs) if name.startswith("vkd_")]
@@ -312,6 +361,23 @@ def _is_list_of(kind: type, answer: object) -> bool:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _told(error: BaseException) -> str:
+    """`KeyError: 'x'`, or the type alone where the error says nothing."""
+    return f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
+
+
+def _mend_of_import(error: BaseException, installed: Installed) -> str:
+    """What to do about an adapter that does not import: a missing package is not the adapter's own missing module."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return f"; mend or uninstall {installed.distribution}"
+    own = installed.module.partition(":")[0]
+    if f"{own}.".startswith(f"{error.name}."):
+        return f"; its entry point names a module that is not there, so install {installed.distribution} again"
+    return (
+        f"; install the package that provides {error.name.partition('.')[0]!r}, or uninstall {installed.distribution}"
+    )
 
 
 def partition(model: nn.Module, modules: VisionModules) -> dict[Part, tuple[str, ...]]:

@@ -35,7 +35,7 @@ from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import Recipe, find_recipe, load_recipe
 from vkd_framework.types import AttackCurve, ImageQuestionPair, Part, Sample, Splits
 from vkd_framework.unlearn import History, active_parameters, unlearn
-from vkd_framework.vanilla import save, starting_model
+from vkd_framework.vanilla import device_of, save, starting_model
 
 ALL_PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
 TAUGHT = "taught"
@@ -85,8 +85,7 @@ def _check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
                     f"{where}: {name} does not reach the language model, distilling it changes no answer; "
                     "see `vkd inspect-layers`"
                 )
-    if recipe.model.device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"model.device: {recipe.model.device} was asked for, but torch sees no GPU; use auto or cpu")
+    device_of(recipe)
     return anatomy
 
 
@@ -159,8 +158,7 @@ class Run:
     @cached_property
     def device(self) -> str:
         """The device of the recipe, `auto` resolved."""
-        wanted = self.recipe.model.device
-        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        return device_of(self.recipe)
 
     @cached_property
     def stages(self) -> Stages:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vkd_framework.cache import cache_folder
 from vkd_framework.checkpoint import atomic_folder
+from vkd_framework.errors import RecipeError
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import CelebsData, Recipe, digest, is_tiny
@@ -59,6 +60,14 @@ def starting_model(
             with atomic_folder(folder) as temporary:
                 save(untaught, temporary)
     return str(folder)
+
+
+def device_of(recipe: Recipe) -> str:
+    """The device of the recipe, `auto` resolved. Raises RecipeError for a GPU that torch does not see."""
+    wanted = recipe.model.device
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"model.device: {wanted} was asked for, but torch sees no GPU; use auto or cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def save(mllm: MLLM, folder: Path) -> None:
