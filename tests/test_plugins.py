@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import types
@@ -323,7 +325,10 @@ def test_an_adapter_that_raises_at_import_disturbs_no_other(tmp_path: Path) -> N
     install(tmp_path, "vkd-broken", "broken_vkd", "raise RuntimeError('no licence')", ("aaa",))
     assert ask(tmp_path, "load_adapter('qwen_vl').name, adapter_for_model_type('qwen2_vl').name") == "qwen_vl qwen_vl"
     answer = ask(tmp_path, "told(lambda: load_adapter('aaa'))")
-    assert answer == "AdapterError: adapter 'aaa' (vkd-broken 1.0) does not import: RuntimeError: no licence"
+    assert answer == (
+        "AdapterError: adapter 'aaa' (vkd-broken 1.0) does not import: RuntimeError: no licence; "
+        "mend or uninstall vkd-broken"
+    )
 
 
 def test_an_adapter_that_breaks_its_contract_disturbs_no_other(tmp_path: Path) -> None:
@@ -340,3 +345,172 @@ def test_when_no_adapter_serves_a_type_the_broken_ones_are_named(tmp_path: Path)
 def test_a_run_imports_no_adapter_but_its_own(tmp_path: Path) -> None:
     install(tmp_path, "vkd-other", "other_vkd", GOOD.format(types=["other"]), ("aaa",))
     assert ask(tmp_path, "load_adapter('qwen_vl').name, 'other_vkd' in sys.modules") == "qwen_vl False"
+
+
+def vkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command, with what is installed in `folder` beside everything else."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-m", "vkd_framework", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=folder,
+    )
+
+
+def told(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a user's mistake is told in."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+PRESET = "Qwen/Qwen2-VL-7B-Instruct"
+UNMARKED = """
+def vkd_stop_token_ids(model, processor):
+    return [1]
+"""
+MISBEHAVING = {
+    "raises": ("raise RuntimeError('no licence')", ("RuntimeError: no licence", "mend or uninstall vkd-odd")),
+    "leaves": ("raise SystemExit('not on this machine')", ("SystemExit: not on this machine",)),
+    "needs a package": ("import nowhere_to_be_had.deep", ("install the package that provides 'nowhere_to_be_had'",)),
+    "does not parse": ("def (", ("SyntaxError",)),
+    "misspelt hook": (
+        GOOD.format(types=["odd"]) + "@hookimpl\ndef vkd_feature_row(model): ...\n",
+        ("'vkd_feature_row'", "did you mean 'vkd_feature_rows'?"),
+    ),
+    "unmarked hook": (
+        GOOD.format(types=["odd"]) + UNMARKED,
+        ("vkd_stop_token_ids is not marked as a hook", "mark it with @hookimpl"),
+    ),
+    "marked for another project": (
+        GOOD.format(types=["odd"]) + "import pluggy\n@pluggy.HookimplMarker('pytest')" + UNMARKED,
+        ("vkd_stop_token_ids is not marked as a hook",),
+    ),
+    "nothing in it": ("", ("the required hook vkd_model_types is missing",)),
+    "wrong answer": (GOOD.format(types=[3]), ("hook vkd_model_types", "returned [3]")),
+    "leaves when asked": (GOOD.format(types="exit(3)"), ("hook vkd_model_types", "raised SystemExit: 3")),
+}
+
+
+@pytest.mark.parametrize("case", MISBEHAVING)
+def test_an_adapter_that_misbehaves_is_named_with_its_distribution_and_hides_no_other(
+    tmp_path: Path, case: str
+) -> None:
+    source, fragments = MISBEHAVING[case]
+    install(tmp_path, "vkd-odd", "odd_vkd", source, ("aaa",))
+    install(tmp_path, "vkd-fine", "fine_vkd", GOOD.format(types=["fine"]), ("zzz",))
+    done = vkd(tmp_path, "adapters", "--json")
+    assert done.returncode == 0, done.stderr
+    found = {row["name"]: row for row in json.loads(done.stdout)}
+    assert {name for name, row in found.items() if "error" in row} == {"aaa"}
+    assert PRESET in found["qwen_vl"]["presets"] and found["zzz"]["model_types"] == ["fine"]
+    for fragment in ("adapter 'aaa' (vkd-odd 1.0)", *fragments):
+        assert fragment in found["aaa"]["error"]
+
+
+def test_a_class_at_an_entry_point_is_named_with_its_distribution(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-odd", "odd_vkd", "class Mine: ...", ("aaa",))
+    info = tmp_path / "vkd_odd-1.0.dist-info" / "entry_points.txt"
+    info.write_text("[vkd_framework]\naaa = odd_vkd:Mine\n")
+    text = vkd(tmp_path, "adapters").stdout
+    assert "broken: adapter 'aaa' (vkd-odd 1.0) is the class Mine; register an instance or a module" in text
+    info.write_text("[vkd_framework]\naaa = odd_vkd.gone\n")
+    assert "names a module that is not there, so install vkd-odd again" in vkd(tmp_path, "adapters").stdout
+
+
+@pytest.mark.parametrize("case", ["leaves", "needs a package", "unmarked hook", "leaves when asked"])
+def test_a_preset_is_described_beside_an_adapter_that_misbehaves(tmp_path: Path, case: str) -> None:
+    install(tmp_path, "vkd-odd", "odd_vkd", MISBEHAVING[case][0], ("aaa",))
+    done = vkd(tmp_path, "inspect-layers", PRESET)
+    assert done.returncode == 0, done.stderr
+    assert "adapter qwen_vl" in done.stdout
+
+
+def test_a_dry_run_never_imports_another_adapter(tmp_path: Path) -> None:
+    mark = tmp_path / "imported"
+    install(tmp_path, "vkd-odd", "odd_vkd", f"open({str(mark)!r}, 'w')\nraise SystemExit(1)", ("aaa",))
+    done = vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    unknown = vkd(
+        tmp_path, "run", "qwen2vl_celeb", "--dry-run", "--set", "teach=null", "--set", "reference=none", "--set",
+        "model.source=nobody/nothing",
+    )  # fmt: skip
+    assert "nobody/nothing: no preset" in told(unknown)
+    assert not mark.exists()
+    vkd(tmp_path, "adapters")
+    assert mark.exists()
+
+
+RIVAL = f"""
+from vkd_framework.generic import locate_vision_modules
+from vkd_framework.hookspecs import hookimpl
+@hookimpl
+def vkd_model_types():
+    return ["{TYPE}"]
+@hookimpl
+def vkd_locate_vision_modules(model):
+    return locate_vision_modules(model, nested_projector=("merger",))
+"""
+OFFER = f"""
+@hookimpl
+def vkd_model_presets():
+    return {{"{PRESET}": {{"model_type": "{TYPE}"}}}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "vocab_size": 50, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 3, "embed_dim": 64, "num_heads": 2, "hidden_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": TYPE, "vision_config": vision} | text | more))
+    return "config.json"
+
+
+def test_of_two_adapters_that_serve_a_model_type_neither_wins_without_being_chosen(tmp_path: Path, config: str) -> None:
+    install(tmp_path, "vkd-rival", "rival_vkd", RIVAL, ("zzz",))
+    line = told(vkd(tmp_path, "inspect-layers", config))
+    assert "'qwen_vl' (vkd-framework " in line and "'zzz' (vkd-rival 1.0)" in line
+    assert "--adapter qwen_vl or zzz" in line
+    for name in ("qwen_vl", "zzz"):
+        chosen = vkd(tmp_path, "inspect-layers", config, "--adapter", name)
+        assert f"adapter {name}," in chosen.stdout, chosen.stderr
+
+
+def test_of_two_adapters_that_offer_a_preset_neither_wins_without_being_chosen(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-rival", "rival_vkd", RIVAL + OFFER, ("zzz",))
+    line = told(vkd(tmp_path, "inspect-layers", PRESET))
+    assert f"preset {PRESET} is offered by several adapters" in line
+    assert "(vkd-framework " in line and "(vkd-rival 1.0)" in line and "--adapter" in line
+    assert "adapter qwen_vl," in vkd(tmp_path, "inspect-layers", PRESET, "--adapter", "qwen_vl").stdout
+    assert vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run").returncode == 0
+
+
+def test_a_preset_is_described_by_the_adapter_that_offers_it_although_another_serves_its_type(tmp_path: Path) -> None:
+    install(tmp_path, "vkd-rival", "rival_vkd", RIVAL, ("aaa",))
+    assert "adapter qwen_vl," in vkd(tmp_path, "inspect-layers", PRESET).stdout
+
+
+def test_a_name_claimed_by_two_distributions_is_refused_to_whoever_asks_for_it_and_to_nobody_else(
+    tmp_path: Path,
+) -> None:
+    install(tmp_path, "vkd-one", "one_vkd", GOOD.format(types=["one"]), ("mine",))
+    install(tmp_path, "vkd-two", "two_vkd", GOOD.format(types=["two"]), ("mine",))
+    line = told(vkd(tmp_path, "inspect-layers", PRESET, "--adapter", "mine"))
+    assert "'mine' is registered by both vkd-one and vkd-two; uninstall one of them" in line
+    assert vkd(tmp_path, "inspect-layers", PRESET).returncode == 0
+
+
+def test_an_unknown_adapter_given_to_inspect_layers_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    assert "did you mean 'qwen_vl'?" in told(vkd(tmp_path, "inspect-layers", PRESET, "--adapter", "qwen_v1"))
+
+
+def test_a_hub_that_cannot_be_found_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    line = told(vkd(tmp_path, "inspect-layers", "nobody/nothing"))
+    assert "not to be had from the hub (hub.invalid cannot be found from this machine)" in line

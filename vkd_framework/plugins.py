@@ -49,7 +49,8 @@ class Installed:
 def installed_adapters() -> list[Installed]:
     """All registered adapters, by name; a name claimed twice is an error only for whoever asks for it."""
     found: dict[str, Installed] = {}
-    for entry in sorted(importlib.metadata.entry_points(group=PROJECT), key=lambda entry: entry.name):
+    entries = importlib.metadata.entry_points(group=PROJECT)
+    for entry in sorted(entries, key=lambda entry: (entry.name, entry.dist.name if entry.dist else "")):
         distribution, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
         first = found.setdefault(entry.name, Installed(entry.name, entry.value, distribution, version))
         if first.distribution != distribution:

@@ -35,7 +35,7 @@ RESAMPLES = 1000
 REACHED = 0.9
 """A layer tells people apart when it reaches this share of the best layer's accuracy."""
 RULE = (
-    f"the earliest layer where nearest neighbours reach {REACHED:.0%} of the best layer's accuracy, and the last layer, "
+    f"the earliest layer where nearest neighbours reach {REACHED:.0%} of the best layer, and the last layer, "
     "of those that reach the language model"
 )
 
