@@ -62,7 +62,7 @@ def test_noise_tells_nobody_apart(columns: int) -> None:
 
 
 def test_a_probe_finds_on_a_line_what_neighbours_do_not_see() -> None:
-    found = told_apart(torch.cat([torch.eye(PEOPLE)[PERSON], noise(40, 1)], dim=1))
+    found = told_apart(torch.cat([torch.eye(PEOPLE)[PERSON], noise(90, 1)], dim=1))
     assert found.linear.accuracy > found.neighbours.accuracy + 0.2
 
 

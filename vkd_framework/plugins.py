@@ -113,9 +113,9 @@ def adapter_for_model_type(model_type: str) -> Adapter:
 def the_one(claims: Mapping[Installed, T], claimed: str) -> T:
     """The only value; with several, AdapterError names who claims it and how to choose. `claimed` begins the sentence.
 
-    Only for what the user can choose with `--adapter` or with a recipe.
+    Two names for the same module are one claim. Only for what the user can choose with `--adapter` or with a recipe.
     """
-    if len(claims) > 1:
+    if len({(installed.distribution, installed.module) for installed in claims}) > 1:
         names = " or ".join(installed.name for installed in claims)
         raise AdapterError(
             f"{claimed} by several adapters: {', '.join(str(installed) for installed in claims)}; choose one: "
