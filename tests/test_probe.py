@@ -242,9 +242,15 @@ def test_the_same_seed_finds_the_same(tiny: MLLM, splits: Splits) -> None:
     assert list(first.identity) == list(first.gradient) == [layer.name for layer in tiny.layers]
 
 
-def test_people_with_one_photo_each_cannot_be_told_apart(tiny: MLLM) -> None:
-    with pytest.raises(DataError, match=r"two training photos each.*0 of 2 people have"):
-        probe(tiny, drawn(pairs_of("a", shot("a", 1)), pairs_of("b", shot("b", 2)), "a", "b"), pairs=1, seed=0)
+def test_people_with_one_photo_each_are_not_told_apart_and_nothing_is_suggested(tiny: MLLM) -> None:
+    found = probe(tiny, drawn(pairs_of("a", shot("a", 1)), pairs_of("b", shot("b", 2)), "a", "b"), pairs=1, seed=0)
+    assert found.identity == {} and found.suggested == () and found.people == 0
+    assert all(gradient.ratio is not None for gradient in found.gradient.values())
+
+
+def test_without_photos_no_layer_can_be_judged(tiny: MLLM) -> None:
+    with pytest.raises(DataError, match="without photos"):
+        probe(tiny, drawn([asked_about(None)], pairs_of("b", shot("b", 2)), "a", "b"), pairs=1, seed=0)
 
 
 @pytest.fixture
@@ -278,6 +284,30 @@ def test_a_recipe_is_measured_although_its_layers_are_still_to_be_chosen(recipe_
     marked = [line.split()[0] for line in text.splitlines() if line.endswith("  distil")]
     assert marked == found["suggested_layers"]
     assert found["rule"] in text and "chance 16.7%" in text and "the recipe has vision.77" in text
+
+
+def test_a_recipe_whose_people_have_one_photo_each_is_shown_without_a_suggestion(
+    recipe_file: str, tmp_path: Path
+) -> None:
+    kept = inspected("--recipe", recipe_file, "--json")
+    assert kept.exit_code == 0
+    (model,) = (folder for folder in (tmp_path / "cache" / "taught").iterdir() if folder.is_dir())
+    for i, subject in enumerate("ab"):
+        picture(48, 48, seed=i).save(tmp_path / f"{subject}.png")
+        picture(48, 48, seed=5 + i).save(tmp_path / f"{subject}2.png")
+    rows = [
+        {"image": f"{s}{n}.png", "question": "Who?", "answer": s, "subject": s, "split": "train" if n == "" else "test"}
+        for s in "ab"
+        for n in ("", "2")
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    own = f"data={{kind: jsonl, rows: {tmp_path / 'rows.jsonl'}, forget: [a]}}"
+    sets = [word for each in ("teach=null", f"model.source={model}", own) for word in ("--set", each)]
+    done = inspected("--recipe", recipe_file, *sets)
+    assert done.exit_code == 0, done.output
+    assert "not measured and nothing suggested" in done.stdout and "suggested: none" in done.stdout
+    found = json.loads(inspected("--recipe", recipe_file, *sets, "--json").stdout)
+    assert found["suggested_layers"] == [] and {str(layer["identity"]) for layer in found["layers"]} == {"None"}
 
 
 @pytest.mark.parametrize(

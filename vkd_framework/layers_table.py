@@ -36,6 +36,7 @@ PART_TITLES: dict[Part, str] = {
 }
 LAYOUT = 2
 """Raise when the rows change, so that older ones are not read from the cache."""
+UNKNOWN: dict[str, Any] = {"accuracy": None, "interval_95": None}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -110,20 +111,20 @@ def inspect_recipe(reference: str, overrides: Sequence[str] = (), model: str | N
     for layer in shown["layers"]:
         name = layer["name"]
         layer |= {
-            "identity": asdict(found.identity[name]),
+            "identity": asdict(found.identity[name]) if found.identity else None,
             "gradient": asdict(found.gradient[name]),
             "suggested": name in found.suggested,
             "in_recipe": name in recipe.layers,
         }
-    any_identity = next(iter(found.identity.values()))
+    one = next(iter(found.identity.values()), None)
     return shown | {
         "recipe": recipe.name,
         "recipe_layers": list(recipe.layers),
         "suggested_layers": list(found.suggested),
         "rule": RULE,
-        "people": any_identity.people,
-        "photos": any_identity.photos,
-        "chance": any_identity.chance,
+        "people": found.people,
+        "photos": one.photos if one else 0,
+        "chance": one.chance if one else None,
         "pairs": {"forget": found.forget_pairs, "retain": found.retain_pairs},
     }
 
@@ -345,26 +346,37 @@ def _found_lines(data: Mapping[str, Any]) -> list[str]:
         f"{'line':>7}{'95 %':>11}{'gradient':>11}{'95 %':>10}",
     ]
     for layer in data["layers"]:
-        near, line, gradient = layer["identity"]["neighbours"], layer["identity"]["linear"], layer["gradient"]
+        identity, gradient = layer["identity"] or {}, layer["gradient"]
+        near, line = (identity.get(probe) or UNKNOWN for probe in ("neighbours", "linear"))
         ratio = f"{gradient['ratio']:.2f}" if gradient["ratio"] is not None else "none"
         lines.append(
             f"{layer['name']:<11}{layer['width'] or '?':>6}{layer['parameters']:>14,}  "
             f"{'yes' if layer['reaches_language_model'] else 'no':<8}"
-            f"{near['accuracy']:>10.1%}{_range(near['interval_95'], 100, 1):>11}"
-            f"{line['accuracy']:>7.0%}{_range(line['interval_95'], 100, 1):>11}"
+            f"{_share(near['accuracy'], 1):>10}{_range(near['interval_95'], 100, 1):>11}"
+            f"{_share(line['accuracy'], 0):>7}{_range(line['interval_95'], 100, 1):>11}"
             f"{ratio:>11}{_range(gradient['interval_95'], 1, 2):>10}{'  distil' if layer['suggested'] else ''}"
         )
     suggested, own = (", ".join(data[key]) or "none" for key in ("suggested_layers", "recipe_layers"))
+    told = (
+        f"people told apart: which of {data['people']} people is on {data['photos']} photos of those to be forgotten; "
+        f"each photo held out once, chance {data['chance']:.1%}"
+        if data["photos"]
+        else "people told apart: not measured and nothing suggested; it takes two people with two training photos "
+        "each, one of them to be forgotten"
+    )
     return [
         *lines,
         "",
-        f"people told apart: which of {data['people']} people is on {data['photos']} photos of those to be forgotten; "
-        f"each photo held out once, chance {data['chance']:.1%}",
+        told,
         f"gradient: mean squared gradient of {data['pairs']['forget']} forget pairs over that of "
         f"{data['pairs']['retain']} retain pairs",
         f"suggested: {suggested} (the recipe has {own})",
         f"by the rule: {data['rule']}",
     ]
+
+
+def _share(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
 
 
 def _range(ends: Sequence[float] | None, scale: float, digits: int) -> str:

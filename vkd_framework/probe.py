@@ -83,43 +83,46 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Probed:
-    """What was found at each layer, by name, and the layers that follow from it."""
+    """What was found at each layer, by name, and the layers that follow from it.
+
+    Without two people with two photos each, `identity` and `suggested` are empty and `people` says how many there are.
+    """
 
     identity: Mapping[str, Identity]
     gradient: Mapping[str, Gradient]
     suggested: tuple[str, ...]
     forget_pairs: int
     retain_pairs: int
+    people: int
 
 
 def probe(mllm: MLLM, splits: Splits, *, pairs: int, seed: int, batch_size: int = 16) -> Probed:
     """Look at every layer of `mllm`. Freezes the language model and changes no weight.
 
-    `pairs`: most forget pairs, and most retain pairs, whose gradients are taken. Raises DataError when the data have
-    not two people with two training photos each, one of them to be forgotten.
+    `pairs`: most forget pairs, and most retain pairs, whose gradients are taken. Raises DataError when one of the two
+    sets shows no photo at all.
     """
+    forget_pairs, retain_pairs = (draw_seen(source, pairs, seed) for source in (splits.forget, splits.retain))
+    if not forget_pairs or not retain_pairs:
+        raise DataError("data: no layer can be judged without photos among the forget pairs and among the retain pairs")
     photos = choose_photos(splits, PHOTOS, seed)
     names = list(dict.fromkeys(name for _, name in photos))
     scored = torch.tensor([name in splits.forget_subjects for _, name in photos])
-    if len(names) < 2 or not bool(scored.any()):
-        raise DataError(
-            "data: telling people apart takes two people with two training photos each, one of them to be forgotten; "
-            f"{len(names)} of {len(splits.subjects)} people have two photos that show nobody else"
-        )
-    person = torch.tensor([names.index(name) for _, name in photos])
-    fold = deal_folds(person, FOLDS, seed)
-    pooled = pooled_features(mllm, [pair for pair, _ in photos], batch_size)
-    identity = {
-        layer.name: identify(pooled[layer.name], person, fold, scored) for layer in Progress(mllm.layers, "probes")
-    }
-    forget_pairs, retain_pairs = (draw_seen(source, pairs, seed) for source in (splits.forget, splits.retain))
+    identity: dict[str, Identity] = {}
+    if len(names) > 1 and bool(scored.any()):
+        person = torch.tensor([names.index(name) for _, name in photos])
+        fold = deal_folds(person, FOLDS, seed)
+        pooled = pooled_features(mllm, [pair for pair, _ in photos], batch_size)
+        identity = {
+            layer.name: identify(pooled[layer.name], person, fold, scored) for layer in Progress(mllm.layers, "probes")
+        }
     forget = squared_gradients(mllm, forget_pairs, "gradients of the forget pairs")
     retain = squared_gradients(mllm, retain_pairs, "gradients of the retain pairs")
     gradient = {
         layer.name: compare(forget[layer.name], retain[layer.name], layer.parameters, seed) for layer in mllm.layers
     }
     suggested = suggest(mllm.layers, {name: found.neighbours.accuracy for name, found in identity.items()})
-    return Probed(identity, gradient, suggested, len(forget_pairs), len(retain_pairs))
+    return Probed(identity, gradient, suggested, len(forget_pairs), len(retain_pairs), len(names))
 
 
 def choose_photos(splits: Splits, most: int, seed: int) -> list[tuple[ImageQuestionPair, str]]:
@@ -278,9 +281,9 @@ def compare(forget: Tensor, retain: Tensor, parameters: int, seed: int) -> Gradi
 
 
 def suggest(layers: Sequence[DistillationLayer], accuracy: Mapping[str, float]) -> tuple[str, ...]:
-    """The layers to distil, by `RULE`, from each layer's `accuracy`; none when no layer reaches the language model."""
+    """The layers to distil, by `RULE`; none without accuracies, and none when no layer reaches the language model."""
     reaching = [layer.name for layer in layers if layer.reaches_language_model]
-    if not reaching:
+    if not reaching or not accuracy:
         return ()
     best = max(accuracy[name] for name in reaching)
     earliest = next(name for name in reaching if accuracy[name] >= REACHED * best)
