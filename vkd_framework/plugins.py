@@ -88,7 +88,7 @@ def working_adapters() -> tuple[dict[Installed, Adapter], list[str]]:
         try:
             adapter = load_adapter(installed.name)
             _ = adapter.model_types, adapter.presets, adapter.refused_model_types
-        except AdapterError as error:
+        except (AdapterError, ModelError) as error:
             broken.append(str(error))
         else:
             working[installed] = adapter
