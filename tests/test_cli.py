@@ -240,7 +240,8 @@ def test_inspect_layers_reads_a_local_config(here: Path) -> None:
         ('{"model_type": "qwen2_v"}', "did you mean 'qwen2_vl'?"),
         ("{}", "model_type"),
         ('{"model_type": "bert"}', "bert"),
-        ('{"model_type": "llava"}', "no installed adapter serves model type 'llava'"),
+        ('{"model_type": "paligemma"}', "no installed adapter serves model type 'paligemma'"),
+        ('{"model_type": "internvl_chat"}', "OpenGVLab/InternVL3-8B-hf"),
     ],
 )
 def test_inspect_layers_refuses_a_broken_config_in_one_line(here: Path, contents: str, fragment: str) -> None:

@@ -129,6 +129,10 @@ def _presets(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
         assert describe(name, adapter).count(["encoder"]) == describe(name, real).count(["encoder"])
 
 
+def _refused(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
+    assert "Qwen/Qwen2-VL-7B-Instruct" in adapter.refused_model_types["qwen"]
+
+
 EXERCISES = {
     "vkd_model_types": _model_types,
     "vkd_load_model": _load_model,
@@ -137,6 +141,7 @@ EXERCISES = {
     "vkd_tokenize_pairs": _tokenize,
     "vkd_feature_rows": _rows,
     "vkd_stop_token_ids": _stop_tokens,
+    "vkd_refused_model_types": _refused,
     "vkd_model_presets": _presets,
 }
 

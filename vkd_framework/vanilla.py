@@ -1,7 +1,8 @@
 """Where a run's starting model comes from: a hub id or a folder as it is, or taught and kept in the user's cache.
 
 A taught model is cached under a hash of everything it depends on (people down to their pixels, the model's first
-weights, the teaching), so that a second run starts at once and a changed recipe never finds a stale model.
+weights, what its processor makes of some pairs, the teaching), so that a second run starts at once and a changed recipe
+never finds a stale model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from vkd_framework.progress import say
 from vkd_framework.recipe import CelebsData, Recipe, digest, is_tiny
 from vkd_framework.teach import teach
 from vkd_framework.types import ImageQuestionPair, Splits
+
+ENCODED = 16
+"""About how many pairs stand for what a processor does with all of them."""
 
 LAYOUT = 1
 """Raise when teaching changes in a way that no setting shows, so that older caches are not used."""
@@ -47,6 +51,7 @@ def starting_model(
             transformers.__version__,
             recipe.teach.model_dump(),
             fingerprint(untaught.model.state_dict()),
+            fingerprint(dict(untaught.tokenize(pairs[:: max(1, len(pairs) // ENCODED)]).inputs)),
             content_hash(pairs),
         ]
     )
