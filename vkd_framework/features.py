@@ -47,14 +47,17 @@ class FeatureTap:
         return hook
 
 
-def vision_forward(mllm: MLLM, inputs: Mapping[str, Tensor]) -> None:
-    """Run encoder and projector alone; a FeatureTap around it sees the same features as in a full forward pass."""
+def vision_forward(mllm: MLLM, inputs: Mapping[str, Tensor]) -> Any:
+    """Run encoder and projector alone; a FeatureTap around it sees the same features as in a full forward pass.
+
+    Returns what the language model would be handed, in the form that transformers gives it.
+    """
     # Where there is an inner model, it is the one that the forward pass asks, and its signature the complete one.
     inner = getattr(mllm.model, "model", mllm.model)
     owner = inner if hasattr(inner, "get_image_features") else mllm.model
     accepted = inspect.signature(owner.get_image_features).parameters
     named = {name for name, parameter in accepted.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    owner.get_image_features(**{name: value for name, value in inputs.items() if name in named})
+    return owner.get_image_features(**{name: value for name, value in inputs.items() if name in named})
 
 
 @dataclass(frozen=True, eq=False)
