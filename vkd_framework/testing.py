@@ -499,7 +499,7 @@ def a_saved_model_loads_unchanged(subject: Subject) -> None:
         with torch.no_grad():
             theirs = other.model.eval()(**other.tokenize(subject.plain).inputs, use_cache=False).logits
         if logits is None or not torch.equal(logits, theirs):
-            raise Wrong("identical logits", f"{what} gives others, up to {_gap(logits, theirs)} apart")
+            raise Wrong("identical logits", f"{what} gives others, apart by {_gap(logits, theirs)}")
 
 
 def incomplete_weights_are_refused(subject: Subject) -> None:
@@ -623,7 +623,7 @@ def vision_alone_gives_the_same_features(subject: Subject) -> None:
     for name, rows in subject.vision.tap.features.items():
         other = subject.whole.tap.features.get(name)
         if other is None or other.shape != rows.shape or _relative(rows, other) > TOLERANCE:
-            raise Wrong("the same features", f"{name} differs: {_shape(rows)} against {_shape(other)}")
+            raise Wrong("the same features", f"{name} differs: {_gap(rows, other)}")
 
 
 def widths_are_true(subject: Subject) -> None:
@@ -1060,7 +1060,7 @@ def _shape(tensor: Tensor | None) -> str:
 def _gap(a: Tensor | None, b: Tensor | None) -> str:
     if a is None or b is None or a.shape != b.shape:
         return f"{_shape(a)} against {_shape(b)}"
-    return f"{float((a - b).abs().max()):.2g}"
+    return f"up to {float((a - b).abs().max()):.2g}"
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
