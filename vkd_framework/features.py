@@ -50,7 +50,7 @@ class FeatureTap:
 def vision_forward(mllm: MLLM, inputs: Mapping[str, Tensor]) -> Any:
     """Run encoder and projector alone; a FeatureTap around it sees the same features as in a full forward pass.
 
-    Returns what `get_image_features` does, whose form differs between families and versions of transformers.
+    Returns what the language model would be handed, in the form that transformers gives it.
     """
     # Where there is an inner model, it is the one that the forward pass asks, and its signature the complete one.
     inner = getattr(mllm.model, "model", mllm.model)

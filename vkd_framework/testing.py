@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -500,7 +499,7 @@ def a_saved_model_loads_unchanged(subject: Subject) -> None:
         with torch.no_grad():
             theirs = other.model.eval()(**other.tokenize(subject.plain).inputs, use_cache=False).logits
         if logits is None or not torch.equal(logits, theirs):
-            raise Wrong("identical logits", f"{what} gives others, up to {_gap(logits, theirs)} apart")
+            raise Wrong("identical logits", f"{what} gives others, apart by {_gap(logits, theirs)}")
 
 
 def incomplete_weights_are_refused(subject: Subject) -> None:
@@ -624,7 +623,7 @@ def vision_alone_gives_the_same_features(subject: Subject) -> None:
     for name, rows in subject.vision.tap.features.items():
         other = subject.whole.tap.features.get(name)
         if other is None or other.shape != rows.shape or _relative(rows, other) > TOLERANCE:
-            raise Wrong("the same features", f"{name} differs: {_shape(rows)} against {_shape(other)}")
+            raise Wrong("the same features", f"{name} differs: {_gap(rows, other)}")
 
 
 def widths_are_true(subject: Subject) -> None:
@@ -645,16 +644,21 @@ def parameter_counts_are_true(subject: Subject) -> None:
 
 def layers_share_no_parameter(subject: Subject) -> None:
     """No parameter is counted in two layers, and each layer lies in the part that its name says."""
-    parts = {name: part for part, names in subject.mllm.parts.items() for name in names}
+    model, parts = subject.mllm.model, {n: part for part, names in subject.mllm.parts.items() for n in names}
+    owned = {
+        layer.name: list(model.get_submodule(layer.path).named_parameters(layer.path)) for layer in subject.mllm.layers
+    }
     owner: dict[int, str] = {}
-    for layer in subject.mllm.layers:
-        due: Part = "projector" if layer.name == "projector" else "encoder"
-        for name, parameter in subject.mllm.model.get_submodule(layer.path).named_parameters(prefix=layer.path):
-            other = owner.setdefault(id(parameter), layer.name)
-            if other != layer.name:
-                raise Wrong("every parameter in one layer", f"{name} is in {other} and in {layer.name}")
+    for layer, parameters in owned.items():
+        for name, parameter in parameters:
+            if id(parameter) in owner:
+                raise Wrong("every parameter in one layer", f"{name} is in {owner[id(parameter)]} and in {layer}")
+        owner |= {id(parameter): layer for _, parameter in parameters}
+    for layer, parameters in owned.items():
+        due: Part = "projector" if layer == "projector" else "encoder"
+        for name, _ in parameters:
             if parts.get(name, due) != due:
-                raise Wrong(f"{layer.name} inside the {due}", f"{name} is in the {parts[name]}")
+                raise Wrong(f"{layer} inside the {due}", f"{name} is in the {parts[name].replace('_', ' ')}")
 
 
 def layers_reach_what_they_say(subject: Subject) -> None:
@@ -730,11 +734,12 @@ def photos_of_a_sample_come_in_order(subject: Subject) -> None:
         if len(pair.photos) < 2:
             continue
         for layer in subject.mllm.layers:
-            first, second = (subject.moved[b, i][layer.name].nonzero().flatten() for i in range(2))
-            if not len(first) or not len(second) or int(first.max()) >= int(second.min()):
+            first, second = (subject.moved[b, i][layer.name] for i in range(2))
+            order = [*first.nonzero().flatten().tolist(), *second.nonzero().flatten().tolist()]
+            if not bool(first.any()) or not bool(second.any()) or order != sorted(set(order)):
                 raise Wrong(
                     f"{layer.name}: rows of the first photo, then rows of the second",
-                    f"first photo: rows {_few(first.tolist())}; second: {_few(second.tolist())}",
+                    f"first photo: {_rows(first)}; second: {_rows(second)}",
                 )
 
 
@@ -939,13 +944,10 @@ def losses_are_those_of_transformers(subject: Subject) -> None:
 
 def image_tokens_match_the_features(subject: Subject) -> None:
     """There is one image token for each feature that the projector hands to the language model."""
-    mllm = subject.mllm
-    handed: list[int] = []
-    with torch.no_grad():
-        _watch_features(mllm, subject.batch.inputs, handed)
-    tokens = int((subject.batch.inputs["input_ids"] == image_token_id(mllm.model)).sum())
-    if handed != [tokens]:
-        raise Wrong(f"{sum(handed)} image tokens, as many as visual features", f"{tokens}")
+    handed = _handed_over(subject.mllm, subject.batch.inputs)
+    tokens = int((subject.batch.inputs["input_ids"] == image_token_id(subject.mllm.model)).sum())
+    if handed != tokens:
+        raise Wrong(f"{handed} image tokens, as many as visual features", f"{tokens}")
 
 
 def generation_does_not_depend_on_the_batch(subject: Subject) -> None:
@@ -1058,7 +1060,7 @@ def _shape(tensor: Tensor | None) -> str:
 def _gap(a: Tensor | None, b: Tensor | None) -> str:
     if a is None or b is None or a.shape != b.shape:
         return f"{_shape(a)} against {_shape(b)}"
-    return f"{float((a - b).abs().max()):.2g}"
+    return f"up to {float((a - b).abs().max()):.2g}"
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -1183,16 +1185,15 @@ def _spy(processor: Any, given: set[str]) -> Any:
     return spy
 
 
-def _watch_features(mllm: MLLM, inputs: Mapping[str, Tensor], handed: list[int]) -> None:
-    """Count the rows of what `get_image_features` returns, whichever form a transformers version gives it."""
-    accepted = inspect.signature(mllm.model.get_image_features).parameters
-    named = {name for name, parameter in accepted.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    answer = mllm.model.get_image_features(**{name: value for name, value in inputs.items() if name in named})
+@torch.no_grad()
+def _handed_over(mllm: MLLM, inputs: Mapping[str, Tensor]) -> int:
+    """How many visual features the language model is handed, whichever form a transformers version gives them."""
+    answer = vision_forward(mllm, inputs)
     answer = getattr(answer, "pooler_output", answer)
     while isinstance(answer, tuple) and len(answer) == 2 and not isinstance(answer[0], Tensor):
         answer = answer[0]
     tensors = [answer] if isinstance(answer, Tensor) else list(answer)
-    handed.append(sum(tensor.numel() // tensor.shape[-1] for tensor in tensors))
+    return sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
 
 
 def _generated(subject: Subject, pairs: Sequence[ImageQuestionPair]) -> list[Tensor]:
