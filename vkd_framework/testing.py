@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from vkd_framework.errors import AdapterError, ModelError, VKDError
 from vkd_framework.features import FeatureTap, PhotoFeatures, photo_features, vision_forward
@@ -88,7 +89,7 @@ def check_adapter(adapter: str | Adapter, source: str | None = None) -> list[Che
     sources = [f"tiny:{model_type}" for model_type in adapter.model_types] if source is None else [source]
     for one in sources:
         prefix = f"{one.partition(':')[2]}: " if len(sources) > 1 else ""
-        with tempfile.TemporaryDirectory(prefix="vkd-check-") as folder:
+        with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="vkd-check-") as folder:
             found_here = _check_model(adapter, one, Path(folder))
         results += [replace(result, name=prefix + result.name) for result in found_here]
     return results
@@ -131,6 +132,20 @@ def find_adapter(name: str) -> Adapter:
     except Exception as error:
         raise AdapterError(f"adapter {name!r} does not import: {_one_line(error)}") from error
     return Adapter(name, module)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without bars and load reports: incomplete weights are loaded on purpose."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_model(adapter: Adapter, source: str, folder: Path) -> list[CheckResult]:
