@@ -512,6 +512,12 @@ MISTAKES: dict[str, tuple[tuple[str, str], Hooks, str, str]] = {
         "presets-can-be-described",
         r"lm_head\.weight",
     ),
+    "served type refused": (
+        QWEN,
+        {"vkd_refused_model_types": lambda: {"qwen2_vl": "use another"}},
+        "refused-types-are-not-served",
+        "'qwen2_vl' is served and refused",
+    ),
     "preset of another family": (
         QWEN,
         {"vkd_model_presets": lambda: {"some/model": {"model_type": "llava"}}},

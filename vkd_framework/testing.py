@@ -471,6 +471,15 @@ def presets_can_be_described(adapter: Adapter) -> None:
         _head_is_language(anatomy, f"{name}: ")
 
 
+def refused_types_are_not_served(adapter: Adapter) -> None:
+    """No model type is both served and refused, and every refusal says what to use instead."""
+    for model_type, sentence in adapter.refused_model_types.items():
+        if model_type in adapter.model_types:
+            raise Wrong("refused types other than the served ones", f"{model_type!r} is served and refused")
+        if not sentence.strip():
+            raise Wrong(f"{model_type!r}: what to use instead", "an empty sentence")
+
+
 def a_question_about_a_photo_is_answered(subject: Subject) -> None:
     """Two questions about photos of one size can be encoded and answered in one batch."""
     subject.forward(subject.mllm.tokenize(subject.plain).inputs)
@@ -992,6 +1001,7 @@ def the_meta_device_shows_the_same_model(subject: Subject) -> None:
 VISION_PARTS: tuple[Part, ...] = ("encoder", "projector")
 
 TYPES = "vkd_model_types (docs/hooks.md)"
+REFUSED = "vkd_refused_model_types (docs/hooks.md)"
 PRESETS = "vkd_model_presets (docs/hooks.md); `vkd inspect-layers` shows a preset"
 LOAD = "vkd_load_model (docs/hooks.md); vkd_framework.generic.load_model"
 TINY = "vkd_tiny_model (docs/hooks.md); vkd_framework.tiny"
@@ -1003,6 +1013,7 @@ STOP = "vkd_stop_token_ids (docs/hooks.md); vkd_framework.generic.stop_token_ids
 
 ADAPTER_CHECKS = (
     Check(transformers_knows_the_model_types, TYPES),
+    Check(refused_types_are_not_served, REFUSED),
     Check(presets_can_be_described, PRESETS),
 )
 MODEL_CHECKS = (
