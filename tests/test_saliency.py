@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed, make_recipe, weights
+from conftest import changed, make_recipe, texts_of, weights
 from torch import Tensor, nn
 
 from vkd_framework import saliency
 from vkd_framework.errors import DataError, RecipeError
-from vkd_framework.plugins import MLLM, trainable
+from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.recipe import MaskConfig, Recipe
 from vkd_framework.saliency import Mask, build_mask, count, cut, load_mask, ratio_scores, save_mask
 from vkd_framework.types import Splits
@@ -178,6 +178,17 @@ def test_the_pairs_that_saliency_is_taken_from_are_drawn_by_the_seed(student: ML
     one, again, other = (built(student, splits, kind="ratio", density=0.3, pairs=3, seed=seed) for seed in (1, 1, 2))
     assert same(one, again)
     assert not same(one, other)
+
+
+def test_what_no_answer_depends_on_may_not_move_and_is_no_part_of_the_density(splits: Splits) -> None:
+    mllm = load_adapter("llava").tiny_model(texts_of(splits), 48, 0)
+    unread = mllm.layer("vision.2")
+    assert not unread.reaches_language_model
+    mask = built(mllm, splits, kind="ratio", density=0.8)
+    dead = {name for name in mask if name.startswith(f"{unread.path}.") or "post_layernorm" in name}
+    assert not any(mask[name].any() for name in dead)
+    live = {name: m for name, m in mask.items() if name not in dead}
+    assert share(live) == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize(("settings", "word"), [({"threshold": 1e30}, "none"), ({"threshold": 1e-30}, "all")])

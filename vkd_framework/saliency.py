@@ -71,32 +71,38 @@ def build_mask(
     seed: int,
     batch_size: int = 16,
 ) -> Mask:
-    """Score every weight, cut, and check the mask. Raises RecipeError when it selects none or all."""
+    """Score every weight, cut, and check the mask. Raises RecipeError when it selects none or all.
+
+    A parameter that no gradient reaches influences no answer: it may not move, and `density` is a share of the others.
+    """
     generator = torch.Generator().manual_seed(seed)
     forget, retain = (_draw(pairs, config.pairs, generator) for pairs in (forget, retain))
 
     def saliency(pairs: Sequence[ImageQuestionPair], squared: bool, what: str) -> dict[str, Tensor]:
         return accumulate(mllm, pairs, parameters, squared=squared, batch_size=batch_size, what=what)
 
+    silent: list[str] = []
     if config.kind == "random":
         scores = _random_scores(parameters, config.granularity, generator)
     else:
         of_forget = saliency(forget, config.kind == "ratio", "saliency of the forget set")
         if silent := without_gradient(of_forget):
-            say(f"mask: no gradient reaches {', '.join(silent)}; they count as 0")
+            more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+            say(f"mask: no gradient reaches {silent[0]}{more}; no answer depends on them, so they may not move")
         if config.kind == "ratio":
             of_retain = saliency(retain, True, "saliency of the retain set")
             scores = ratio_scores(of_forget, of_retain, config.granularity)
         else:
             scores = {name: _by_unit(g.abs(), config.granularity) for name, g in of_forget.items()}
-    mask = cut(scores, density=config.density, threshold=config.threshold)
+    heard = {name: score for name, score in scores.items() if name not in silent}
+    mask = cut(heard, density=config.density, threshold=config.threshold) if heard else {}
     kept, size = count(mask), sum(m.numel() for m in mask.values())
     if kept in (0, size):
         raise RecipeError(
             f"mask: selects {'none' if kept == 0 else 'all'} of the {size:,} trained weights; "
             "change mask.density or mask.threshold, or set mask.kind=none"
         )
-    return mask
+    return {name: mask.get(name, torch.zeros_like(p, dtype=torch.bool)) for name, p in parameters.items()}
 
 
 def ratio_scores(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], granularity: str) -> dict[str, Tensor]:
