@@ -23,15 +23,8 @@ from vkd_framework.cli import main
 from vkd_framework.errors import AdapterError
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.plugins import Adapter, installed_adapters, load_adapter
-from vkd_framework.testing import (
-    ADAPTER_CHECKS,
-    MODEL_CHECKS,
-    CheckResult,
-    assert_conforms,
-    check_adapter,
-    find_adapter,
-    table,
-)
+from vkd_framework.testing import CheckResult, assert_conforms, check_adapter, find_adapter, table
+from vkd_framework.testing.checks import ADAPTER_CHECKS, MODEL_CHECKS
 from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, VisionModules
 
 PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"

@@ -1,0 +1,166 @@
+"""Feature rows belong to the sample they are assigned to, and show a photo: pixels are exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vkd_framework.features import vision_forward
+from vkd_framework.testing.compare import TOLERANCE, differs, few, relative_gap
+from vkd_framework.testing.outcomes import Check, Wrong
+from vkd_framework.testing.subject import Subject, redrawn
+
+ROWS = "vkd_feature_rows (docs/hooks.md); vkd_framework.generic.feature_rows"
+
+
+def rows_belong_to_their_sample(subject: Subject) -> None:
+    """With another photo in one sample, exactly the rows assigned to that sample change."""
+    for layer in subject.mllm.layers:
+        rows = len(subject.vision.tap.features[layer.name])
+        assigned = subject.adapter.feature_rows(subject.mllm.model, subject.batch.inputs, layer, rows)
+        for b, pair in enumerate(subject.pairs):
+            moved = [subject.moved[b, i][layer.name] for i in range(len(pair.photos))]
+            changed = torch.stack(moved).any(dim=0) if moved else torch.zeros(rows, dtype=torch.bool)
+            own = (assigned.sample == b) & assigned.real
+            strays, still = changed & assigned.real & ~own, own & ~changed
+            if bool(strays.any() | still.any()):
+                what = f"{layer.name}: another photo in sample {b} ({pair.id}) changes its {int(own.sum())} rows only"
+                raise Wrong(what, f"{_rows(strays)} of other samples change, {_rows(still)} of its own do not")
+
+
+def gradients_stay_in_their_sample(subject: Subject) -> None:
+    """A sample's rows have a gradient at its own photo's pixels and at no other's."""
+    inputs = dict(subject.batch.inputs)
+    name = next(n for n, t in inputs.items() if t.is_floating_point())
+    pixels = inputs[name] = inputs[name].detach().clone().requires_grad_(True)
+    made = subject.record(lambda: vision_forward(subject.mllm, inputs))
+    found = subject.rows(inputs, made)
+    differ = {key: (changed[name] != subject.batch.inputs[name]) for key, changed in subject.exchanged.items()}
+    for layer, features in found.items():
+        for b, pair in enumerate(subject.pairs):
+            if not pair.photos:
+                continue
+            energy = features.rows[features.sample == b].square().sum()
+            (gradient,) = torch.autograd.grad(energy, pixels, retain_graph=True, allow_unused=True)
+            touched = torch.zeros_like(pixels, dtype=torch.bool) if gradient is None else gradient != 0
+            for (other, i), where in differ.items():
+                if bool((touched & where).any()) != (other == b):
+                    raise Wrong(
+                        f"{layer}: sample {b} ({pair.id}) depends on its own pixels only",
+                        f"{'it depends on' if other != b else 'it does not depend on'} photo {i} of sample {other}",
+                    )
+
+
+def text_only_samples_have_no_rows(subject: Subject) -> None:
+    """No feature row is assigned to a sample without photos, nor beyond the batch."""
+    due = {b for b, pair in enumerate(subject.pairs) if pair.photos}
+    for layer, features in subject.features.items():
+        got = set(features.sample.tolist())
+        if got != due:
+            raise Wrong(f"{layer}: rows of samples {sorted(due)}", f"rows of samples {sorted(got)}")
+
+
+def photos_of_a_sample_come_in_order(subject: Subject) -> None:
+    """In a sample of two photos, the rows of the first come before the rows of the second."""
+    for b, pair in enumerate(subject.pairs):
+        if len(pair.photos) < 2:
+            continue
+        for layer in subject.mllm.layers:
+            first, second = (subject.moved[b, i][layer.name] for i in range(2))
+            order = [*first.nonzero().flatten().tolist(), *second.nonzero().flatten().tolist()]
+            if not bool(first.any()) or not bool(second.any()) or order != sorted(set(order)):
+                raise Wrong(
+                    f"{layer.name}: rows of the first photo, then rows of the second",
+                    f"first photo: {_rows(first)}; second: {_rows(second)}",
+                )
+
+
+def neighbours_do_not_change_a_samples_rows(subject: Subject) -> None:
+    """A sample has the same real rows, in number and value, in a mixed batch and alone."""
+    for b, pair in enumerate(subject.pairs):
+        if not pair.photos:
+            continue
+        inputs = subject.mllm.tokenize([pair]).inputs
+        alone = subject.rows(inputs, subject.look(inputs))
+        for layer, features in subject.features.items():
+            rows = features.rows[features.sample == b]
+            if rows.shape != alone[layer].rows.shape:
+                raise Wrong(
+                    f"{layer}: {len(alone[layer].rows)} real rows for sample {b} ({pair.id}), as alone",
+                    f"{len(rows)} in a mixed batch; padding counts as real",
+                )
+            gap = relative_gap(rows, alone[layer].rows)
+            if gap > 10 * TOLERANCE:
+                raise Wrong(f"{layer}: the rows of sample {b} ({pair.id}) as alone", f"{gap:.2g} apart")
+
+
+def only_rows_that_show_a_photo_are_real(subject: Subject) -> None:
+    """Before the first block, real rows depend on a photo, and of an unpadded one all that depend on it are real."""
+    square = subject.mllm.tokenize(subject.plain[:1]).inputs
+    other = subject.mllm.tokenize([replace(subject.plain[0], photos=(redrawn(subject.pictures["square"]),))]).inputs
+    for inputs, exchanged, padded in (
+        (square, [other], False),
+        (subject.batch.inputs, list(subject.exchanged.values()), True),
+    ):
+        first = subject.mllm.layers[0].path
+        before, *after = (_entering(subject, first, one) for one in (inputs, *exchanged))
+        if before is None:
+            return
+        shows = torch.stack([differs(one, before) for one in after if one is not None]).any(dim=0)
+        rows = len(shows)
+        for layer in subject.mllm.layers:
+            if layer.name == "projector":
+                continue
+            real = subject.adapter.feature_rows(subject.mllm.model, inputs, layer, rows).real
+            strays, lost = real & ~shows, shows & ~real
+            if bool(strays.any()) or (bool(lost.any()) and not padded):
+                raise Wrong(
+                    f"{layer.name}: {int(shows.sum())} of {rows} rows show a photo",
+                    f"{_rows(strays)} real without showing one, {_rows(lost)} showing one but not real",
+                )
+
+
+def real_rows_are_finite(subject: Subject) -> None:
+    """Every real row holds finite numbers."""
+    for layer, features in subject.features.items():
+        bad = ~features.rows.isfinite().all(dim=1)
+        if bool(bad.any()):
+            raise Wrong(f"{layer}: finite features", f"{_rows(bad)} are not")
+
+
+def _entering(subject: Subject, path: str, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """`[R, D]`: the hidden states that a vision-only pass hands to a module, flattened; None when it takes none."""
+    entered: list[Tensor] = []
+
+    def note(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        first = positional[0] if positional else named.get("hidden_states")
+        if isinstance(first, Tensor) and first.ndim > 1:
+            entered.append(first.flatten(0, -2))
+
+    handle = subject.mllm.model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        subject.look(inputs)
+    finally:
+        handle.remove()
+    return entered[0] if entered else None
+
+
+def _rows(where: Tensor) -> str:
+    """`no row`, or how many rows and the first few of them."""
+    found = where.nonzero().flatten().tolist()
+    return f"{len(found)} rows ({few(found)})" if found else "no row"
+
+
+CHECKS = (
+    Check(rows_belong_to_their_sample, ROWS),
+    Check(gradients_stay_in_their_sample, ROWS),
+    Check(text_only_samples_have_no_rows, ROWS),
+    Check(photos_of_a_sample_come_in_order, ROWS),
+    Check(neighbours_do_not_change_a_samples_rows, ROWS),
+    Check(only_rows_that_show_a_photo_are_real, ROWS),
+    Check(real_rows_are_finite, ROWS),
+)
