@@ -22,7 +22,7 @@ FLOORS = (
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
     ("data", "batches", "features", "losses", "saliency"),
     ("teach", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
-    ("report", "layers_table", "doctor"),
+    ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
     ("cli", "__main__"),
 )

@@ -87,9 +87,10 @@ def test_data_files_and_type_markers_are_inside(installed: Run) -> None:
     found = installed(
         "-c",
         "import importlib.resources as r; f = r.files('vkd_framework'); a = r.files('vkd_adapters');"
-        "print(*[p.is_file() for p in (f / 'report' / 'report.html.j2', f / 'py.typed', a / 'py.typed')])",
+        "t = f / 'scaffold' / 'templates' / 'adapter.py.j2';"
+        "print(*[p.is_file() for p in (f / 'report' / 'report.html.j2', t, f / 'py.typed', a / 'py.typed')])",
     )
-    assert found.split() == ["True"] * 3
+    assert found.split() == ["True"] * 4
 
 
 def test_nothing_but_the_two_packages_is_installed(installed: Run) -> None:

@@ -186,6 +186,39 @@ def adapters(as_json: bool) -> None:
         click.echo(f"  hooks:       {', '.join(row['hooks'])}")
 
 
+@main.command("new-adapter")
+@click.argument("name")
+@click.option(
+    "--model-type",
+    required=True,
+    metavar="TYPE",
+    help="What the config.json of its checkpoints calls the architecture (model_type).",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write. Default: vkd-adapter-NAME."
+)
+def new_adapter(name: str, model_type: str, out: Path | None) -> None:
+    """Write a package with an adapter NAME for a transformers architecture that no installed adapter serves.
+
+    Its tiny model is worked out from the architecture's own classes, tried, and checked as `vkd check-adapter` does.
+    Exit status 1 when something is left to be mended by hand.
+    """
+    with quick_imports():
+        from vkd_framework import scaffold, testing
+
+        written = scaffold.new_adapter(name, model_type, out)
+    click.echo(f"{written.folder} written: {', '.join(written.files)}")
+    if written.adapter is None:
+        click.echo(f"to do in {written.module}: {written.missing}")
+        sys.exit(1)
+    results = testing.check_adapter(written.adapter)
+    failed = [result for result in results if not result.ok]
+    click.echo(testing.table(failed, len(results)))
+    click.echo(f"next: pip install -e '{written.folder}[test]' && vkd check-adapter {name}")
+    if failed:
+        sys.exit(1)
+
+
 @main.command("check-adapter")
 @click.argument("name")
 @click.option(
