@@ -72,9 +72,9 @@ def test_an_answer_with_keywords_is_right_when_it_mentions_them_all(given: str, 
 def test_a_question_in_two_columns_is_answered_once_and_scored_by_what_each_expects(
     taught: MLLM, splits: Splits
 ) -> None:
-    first = splits.columns["test_vqa"][0]
-    answer = generate(taught, [first], CONFIG, what="")[0]
-    columns = {"a": [replace(first, id="a", answer=answer)], "b": [replace(first, id="b", answer="something else")]}
+    asked = [*splits.columns["test_vqa"], *splits.columns["retain_qa"]]
+    pair, answer = next((p, a) for p, a in zip(asked, generate(taught, asked, CONFIG, what=""), strict=True) if a)
+    columns = {"a": [replace(pair, id="a", answer=answer)], "b": [replace(pair, id="b", answer="something else")]}
     found = evaluate(taught, columns, CONFIG)
     assert found["a"].answers == found["b"].answers == (answer,)
     assert (found["a"].cell.exact_match, found["b"].cell.exact_match) == (1, 0)
