@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,35 @@ def test_the_question_repeated_as_answer_is_supervised_only_where_it_is_the_answ
 def test_answers_in_any_script_are_covered_whole(tiny: MLLM, answer: str) -> None:
     batch = tiny.tokenize([asked_about(picture(48, 48), "Grüße, 山田?", answer), asked_about(None)])
     assert supervised(tiny, batch, 0) == f"{answer}<|im_end|>"
+
+
+SILENT = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ TEXT }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""A template that writes no stop token after an answer."""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("part['text']", " tea  <|im_end|>"),
+        ("part['text'].strip()", " tea<|im_end|>"),
+        ("part['text'].upper()", "TEA<|im_end|>"),
+        ("part['text'] ~ ' (end)'", " tea  <|im_end|>"),
+    ],
+    ids=["as it is", "stripped", "changed", "followed by words"],
+)
+def test_where_a_template_writes_no_stop_token_it_is_added_right_after_the_answer(
+    student: MLLM, text: str, expected: str
+) -> None:
+    processor = copy.copy(student.processor)
+    processor.chat_template = SILENT.replace("TEXT", text)
+    pair = asked_about(None, "Does it say tea  or tea?", "tea  ")
+    batch = student.adapter.tokenize_pairs(processor, [pair, asked_about(None)], student.stop_ids, True, "right")
+    assert supervised(student, batch, 0).endswith(expected)
+    assert supervised(student, batch, 0).lower().count("tea") == 1
 
 
 def test_without_answer_nothing_is_supervised(tiny: MLLM, mixed: list[ImageQuestionPair]) -> None:

@@ -120,10 +120,11 @@ def tokenize_pairs(
     for pair in pairs:
         prompt = render(processor, pair.question, len(pair.photos))
         text = render(processor, pair.question, len(pair.photos), pair.answer) if with_answer else prompt
-        if with_answer and stop not in text[_common_prefix(prompt, text) :]:
-            text = text[: text.rindex(pair.answer) + len(pair.answer)] + stop
+        begin = _common_prefix(prompt, text)
+        if with_answer and stop not in text[begin:]:
+            text = text[:begin] + _up_to_its_end(text[begin:], pair.answer) + stop
         texts.append(text)
-        tails.append(len(text) - _common_prefix(prompt, text))
+        tails.append(len(text) - begin)
     photos = [[photo.open() for photo in pair.photos] for pair in pairs]
     bos = getattr(processor.tokenizer, "bos_token", None)
     encoded = processor(
@@ -170,7 +171,8 @@ def stop_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[in
     prompt, answer = render(processor, "?", 0), "."
     tail = render(processor, "?", 0, answer)[len(prompt) :].partition(answer)[2].strip()
     tokenizer = processor.tokenizer
-    written = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special and tail == token.content]
+    special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = [special[token] for token in sorted(special, key=len, reverse=True) if tail.startswith(token)][:1]
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = [ids] if isinstance(ids, int) else list(ids or ())
     end = tokenizer.eos_token_id
@@ -198,6 +200,14 @@ def read_presets(adapter_file: str) -> dict[str, dict[str, Any]]:
     """Hub id -> config, from the `.json` file beside an adapter's file: what `vkd_model_presets` returns."""
     presets: dict[str, dict[str, Any]] = json.loads(Path(adapter_file).with_suffix(".json").read_text(encoding="utf-8"))
     return presets
+
+
+def _up_to_its_end(text: str, answer: str) -> str:
+    """`text` without what a template writes after the answer in it, which it may have stripped or changed."""
+    for written in (answer, answer.strip()):
+        if (at := text.rfind(written)) >= 0:
+            return text[: at + len(written)]
+    return text.rstrip()
 
 
 def _common_prefix(a: str, b: str) -> int:
