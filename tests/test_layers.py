@@ -34,7 +34,7 @@ ONLY_FOR = {"testing": {"cli"}}
 """Rooms on top of the tower, and the only ones that may import them."""
 
 FAMILIES = (
-    r"qwen|llava|internvl|idefics|smolvlm|paligemma|gemma|mllama"
+    r"qwen|llava|internvl|idefics|smolvlm|perception_lm|paligemma|gemma|mllama|pixtral|aya_vision|glm4|got_ocr"
     r"|vision_tower|visual\.|merger|image_pad|multi_modal_projector"
 )
 """What belongs into an adapter."""
