@@ -25,10 +25,12 @@ from vkd_framework.hookspecs import hookimpl
 from vkd_framework.plugins import Adapter, installed_adapters, load_adapter
 from vkd_framework.testing import CheckResult, assert_conforms, check_adapter, find_adapter, table
 from vkd_framework.testing.checks import ADAPTER_CHECKS, MODEL_CHECKS
+from vkd_framework.testing.outcomes import one_line
 from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, VisionModules
 
 PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
 NAMES = [check.name for check in (*ADAPTER_CHECKS, *MODEL_CHECKS)]
+FIRST = "a-question-about-a-photo-is-answered"
 Hooks = Mapping[str, Callable[..., Any]]
 
 
@@ -573,6 +575,34 @@ def test_checks_that_stop_at_the_same_error_are_told_in_one() -> None:
     failed = checked(*QWEN, tokens_as(without_grids))
     assert set(failed) == {"a-question-about-a-photo-is-answered", "every-key-of-the-processor-is-kept"}
     assert re.search(r"\d\d further checks stopped", failed["a-question-about-a-photo-is-answered"].look)
+
+
+def without_photos(batch: EncodedBatch) -> EncodedBatch:
+    """Image tokens without what they stand for, which Qwen2-VL's own code refuses."""
+    return replace(batch, inputs={**batch.inputs, "pixel_values": batch.inputs["pixel_values"][:4]})
+
+
+def test_a_foreign_error_is_told_with_its_place_in_the_familys_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testing, "MODEL_CHECKS", [check for check in MODEL_CHECKS if check.name == FIRST])
+    failed = checked(*QWEN, tokens_as(without_photos))
+    assert re.search(r"^raised \w+Error: .* \(modeling_qwen2_vl\.py:\d+, \w+\)$", failed[FIRST].found), failed[
+        FIRST
+    ].found
+
+
+def test_a_hooks_own_error_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(processor: Any) -> list[int]:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(testing, "MODEL_CHECKS", [check for check in MODEL_CHECKS if check.name == FIRST])
+    found = checked(*QWEN, {"vkd_stop_token_ids": forgetful})[FIRST].found
+    assert re.search(r"raised KeyError: 'gone' \(test_conformance\.py:\d+, forgetful\)$", found), found
+
+
+def test_a_message_that_holds_a_whole_model_keeps_its_two_ends() -> None:
+    told = one_line(TypeError(f"Model({'layer ' * 1000}) got multiple values for keyword argument 'labels'"))
+    assert told.startswith("TypeError: Model(layer") and told.endswith("keyword argument 'labels'")
+    assert " … " in told and len(told) < 450
 
 
 def test_a_check_that_raises_does_not_keep_the_others_from_running() -> None:

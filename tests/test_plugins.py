@@ -147,6 +147,12 @@ def test_an_encoded_batch_must_fit_its_pairs(tiny: MLLM, answer: Any) -> None:
         encoded(tiny, answer)
 
 
+def test_labels_of_the_processors_own_must_not_reach_the_model(tiny: MLLM) -> None:
+    ids = torch.ones(1, 3)
+    with pytest.raises(AdapterError, match="hook vkd_tokenize_pairs: must leave the processor's own labels out"):
+        encoded(tiny, EncodedBatch({"input_ids": ids, "labels": ids}, ids, ids))
+
+
 @pytest.mark.parametrize(
     "answer",
     [

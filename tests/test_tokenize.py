@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from conftest import asked_about, picture
 from PIL import Image
 from torch import Tensor
 
+from vkd_framework.errors import AdapterError
+from vkd_framework.generic import stop_token_ids, tokenize_pairs
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM
 from vkd_framework.types import EncodedBatch, ImageQuestionPair, Photo, Splits
@@ -134,6 +137,30 @@ def test_every_key_of_the_processor_reaches_the_model(tiny: MLLM, mixed: list[Im
     given = set(tiny.processor(text=texts, images=[picture(48, 48)], return_tensors="pt"))
     assert set(tiny.tokenize(mixed).inputs) == given
     assert set(tiny.tokenize(mixed[1:2]).inputs) <= given
+
+
+def test_labels_that_a_processor_makes_up_are_left_out(tiny: MLLM, mixed: list[ImageQuestionPair]) -> None:
+    kind = type(tiny.processor)
+
+    def call(self: Any, **arguments: Any) -> Any:
+        encoded = kind.__call__(self, **arguments)
+        return {**encoded, "labels": encoded["input_ids"]}
+
+    processor = copy.copy(tiny.processor)
+    processor.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    assert set(tokenize_pairs(processor, mixed, tiny.stop_ids, True, "right").inputs) == set(
+        tiny.tokenize(mixed).inputs
+    )
+
+
+def test_without_a_chat_template_the_hooks_to_write_are_named(tiny: MLLM) -> None:
+    processor = copy.copy(tiny.processor)
+    processor.chat_template = None
+    told = "Processor has no chat template .*vkd_tokenize_pairs.*vkd_stop_token_ids"
+    with pytest.raises(AdapterError, match=told):
+        stop_token_ids(tiny.model, processor)
+    with pytest.raises(AdapterError, match=told):
+        tokenize_pairs(processor, [asked_about(None)], tiny.stop_ids, True, "right")
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "L", "P", "LA", "CMYK", "1"])

@@ -137,6 +137,7 @@ def tokenize_pairs(
         add_special_tokens=not (bos and texts[0].startswith(bos)),
     )
     inputs = dict(encoded)
+    inputs.pop("labels", None)  # what some processors take for labels is not the answer alone
     ends = inputs.pop("offset_mapping")[..., 1] * inputs["attention_mask"]
     starts_of_answer = ends.amax(dim=1) - torch.tensor(tails)
     answer = (ends > starts_of_answer[:, None]) & inputs["attention_mask"].bool()
@@ -181,6 +182,11 @@ def stop_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[in
 
 def render(processor: ProcessorMixin, question: str, photos: int, answer: str | None = None) -> str:
     """The chat template's text: up to where the answer begins, or with the answer and whatever ends the turn."""
+    if getattr(processor, "chat_template", None) is None:
+        raise AdapterError(
+            f"{type(processor).__name__} has no chat template to encode questions with; "
+            "the adapter has to do it (vkd_tokenize_pairs) and to say what ends an answer (vkd_stop_token_ids)"
+        )
     content = [*({"type": "image"} for _ in range(photos)), {"type": "text", "text": question}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if answer is not None:

@@ -283,6 +283,10 @@ class Adapter:
                 f"must return [B, L] = [{len(pairs)}, L] for input_ids, labels and content alike, returned "
                 f"{list(ids.shape)}, {list(batch.labels.shape)} and {list(batch.content.shape)}",
             )
+        if "labels" in batch.inputs:
+            raise self._offence(
+                hook, "must leave the processor's own labels out of inputs; the model would be given labels twice"
+            )
         if with_answer and not bool(batch.content.any(dim=1).all()):
             row = int((~batch.content.any(dim=1)).nonzero()[0])
             raise self._offence(hook, f"found no answer token for {pairs[row].id!r} (answer {pairs[row].answer!r})")

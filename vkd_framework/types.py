@@ -91,8 +91,9 @@ class Splits:
 class EncodedBatch:
     """Pairs as the model takes them.
 
-    `inputs`: exactly what the processor returned, every key of it. `labels`: `[B, L]`, -100 on everything but the
-    answer's tokens and the stop token that ends them. `content`: `[B, L]` bool, the answer's tokens without that one.
+    `inputs`: exactly what the processor returned, every key of it but labels of its own. `labels`: `[B, L]`, -100 on
+    everything but the answer's tokens and the stop token that ends them. `content`: `[B, L]` bool, the answer's tokens
+    without that one.
     """
 
     inputs: Mapping[str, Tensor]

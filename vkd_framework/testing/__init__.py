@@ -27,7 +27,7 @@ from vkd_framework.plugins import Adapter, installed_adapters, load_adapter
 from vkd_framework.recipe import is_tiny, nearest
 from vkd_framework.testing.checks import ADAPTER_CHECKS, MODEL_CHECKS
 from vkd_framework.testing.checks.model import LOAD, TINY
-from vkd_framework.testing.outcomes import CheckResult, one_line, run_checks, table
+from vkd_framework.testing.outcomes import CheckResult, one_line, place, run_checks, table
 from vkd_framework.testing.subject import Subject
 
 __all__ = ["CheckResult", "assert_conforms", "check_adapter", "find_adapter", "table"]
@@ -102,5 +102,6 @@ def _check_model(adapter: Adapter, source: str, folder: Path) -> list[CheckResul
         subject = Subject.load(adapter, source, folder)
     except Exception as error:
         look = f"{LOAD if not is_tiny(source) else TINY}; the other checks need a model and were left out"
-        return [CheckResult("the-model-loads", False, f"{source} is built, saved and loaded", one_line(error), look)]
+        found = f"{one_line(error)}{place(error)}"
+        return [CheckResult("the-model-loads", False, f"{source} is built, saved and loaded", found, look)]
     return run_checks(MODEL_CHECKS, subject, source)

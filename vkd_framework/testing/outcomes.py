@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from vkd_framework.errors import VKDError
 from vkd_framework.progress import Progress
+
+LONGEST = 400
+"""Characters of a foreign error's message that are shown."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,14 @@ def run_checks(checks: Sequence[Check], subject: Any, what: str) -> list[CheckRe
         except Wrong as wrong:
             results.append(CheckResult(check.name, False, wrong.expected, wrong.found, check.look))
         except Exception as error:
-            found = f"raised {one_line(error)}"
-            if found not in raised:
-                results.append(CheckResult(check.name, False, statement, found, check.look))
-            raised.setdefault(found, []).append(check.name)
+            told = one_line(error)
+            if told not in raised:
+                results.append(CheckResult(check.name, False, statement, f"raised {told}{place(error)}", check.look))
+            raised.setdefault(told, []).append(check.name)
         else:
             results.append(CheckResult(check.name, True, statement, "", check.look))
-    return [_with_followers(result, raised.get(result.found, [])[1:]) for result in results]
+    followers = {names[0]: names[1:] for names in raised.values()}
+    return [_with_followers(result, followers.get(result.name, [])) for result in results]
 
 
 def _with_followers(result: CheckResult, followers: Sequence[str]) -> CheckResult:
@@ -85,6 +91,24 @@ def table(results: Sequence[CheckResult], total: int | None = None) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's kind and message; those of vkd speak for themselves."""
+    """The error's kind and message, long ones without their middle; those of vkd speak for themselves."""
     message = " ".join(str(error).split())
-    return message if isinstance(error, VKDError) else f"{type(error).__name__}: {message}"
+    if isinstance(error, VKDError):
+        return message
+    if len(message) > LONGEST:  # some hold a whole model's modules, and say what is wrong at the end
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+    return f"{type(error).__name__}: {message}"
+
+
+def place(error: BaseException) -> str:
+    """Where a foreign error came up, ` (processing_x.py:12, __call__)`; nothing for what vkd itself raised.
+
+    The innermost place in a family's own code where there is one, because what lies below serves every family.
+    """
+    origin = error.__cause__ if isinstance(error, VKDError) else error
+    frames = traceback.extract_tb(origin.__traceback__) if origin is not None else []
+    if not frames:
+        return ""
+    family = [frame for frame in frames if "transformers/models/" in Path(frame.filename).as_posix()]
+    frame = (family or frames)[-1]
+    return f" ({Path(frame.filename).name}:{frame.lineno}, {frame.name})"

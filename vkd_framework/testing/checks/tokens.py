@@ -98,7 +98,8 @@ def prompts_are_prefixes(subject: Subject) -> None:
             at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
             raise Wrong(
                 f"{pair.id!r}: {subject.token(prompt[at : at + 3])!r} at token {at}, as in the prompt",
-                f"{subject.token(full[at : at + 3])!r} (does the template's prompt end in a blank?)",
+                f"{subject.token(full[at : at + 3])!r} (does the template's prompt end in a blank, or "
+                "the processor write something behind the text?)",
             )
 
 
@@ -122,14 +123,15 @@ def answers_end_with_the_first_stop_token(subject: Subject) -> None:
 
 
 def every_key_of_the_processor_is_kept(subject: Subject) -> None:
-    """The model is given every key that the processor returned."""
+    """The model is given every key that the processor returned, but no labels."""
     given: set[str] = set()
     spy = _spy(subject.mllm.processor, given)
     stop_ids = subject.mllm.stop_ids
     kept = set(subject.adapter.tokenize_pairs(spy, subject.plain, stop_ids, True, "right").inputs)
-    lost = sorted(given - kept - {"offset_mapping"})
+    wanted = given - {"offset_mapping", "labels"}
+    lost = sorted(wanted - kept)
     if lost:
-        raise Wrong(f"the keys {few(sorted(given - {'offset_mapping'}), 9)}", f"without {', '.join(lost)}")
+        raise Wrong(f"the keys {few(sorted(wanted), 9)}", f"without {', '.join(lost)}")
 
 
 def padding_goes_where_it_is_asked(subject: Subject) -> None:
