@@ -263,6 +263,15 @@ def test_fiubench_finds_unpacked_faces_too(folders: dict[str, Path], tmp_path: P
     assert all(isinstance(photo.source, Path) for pair in unpacked.forget for photo in pair.photos)
 
 
+def test_fiubench_finds_unpacked_faces_below_a_folder_given_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_fiubench(tmp_path / "here", fiubench(), zipped=False)
+    (folder / "SFHQ").rename(folder / "faces")
+    monkeypatch.chdir(tmp_path)
+    assert photos(load("fiubench", "here").forget) == photos(load("fiubench", folder).forget) != set()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_that_is_not_there_is_answered_with_the_command_that_gets_it(tmp_path: Path, kind: str) -> None:
     message = refusal(kind, tmp_path / "nowhere")

@@ -12,7 +12,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from vkd_framework.data.published import Benchmark, Reader, Row, columns_of, open_benchmark, required, with_wrong
@@ -118,7 +118,8 @@ class _Faces:
 
     def __init__(self, bench: Benchmark) -> None:
         self._folder = bench.folder
-        self._files = {path.name: path for path in sorted(bench.folder.rglob("*")) if path.suffix in (".jpg", ".png")}
+        pictures = (path for path in sorted(bench.folder.rglob("*")) if path.suffix in (".jpg", ".png"))
+        self._files = {path.name: str(path.relative_to(bench.folder)) for path in pictures}
         self._archive: zipfile.ZipFile | None = None
         self._members: dict[str, str] = {}
         archive = bench.folder / ARCHIVE
@@ -138,7 +139,7 @@ class _Faces:
         given = str(path)
         exact, name = self._folder / given, PurePosixPath(given.replace("\\", "/")).name
         if exact.is_file() or self._archive is None or name in self._files:
-            return {"path": given if exact.is_file() else str(self._files.get(name, Path(given)))}
+            return {"path": given if exact.is_file() else self._files.get(name, given)}
         if name in self._members:
             return {"bytes": self._archive.read(self._members[name])}
         return {"path": given}
