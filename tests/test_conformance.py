@@ -571,6 +571,20 @@ def test_a_family_that_cannot_mix_sizes_fails_one_check_and_no_other() -> None:
     assert "cannot stack photos of 4 sizes" in failed["differently-sized-photos-share-a-batch"].found
 
 
+@pytest.mark.parametrize("model_type", ["llava", "llava_onevision"])
+def test_photos_that_a_template_writes_with_nothing_in_between_are_told_apart(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adjoining(model: Any, processor: Any) -> None:
+        template = processor.chat_template.replace("<image>\n", "<image>")
+        assert template != processor.chat_template
+        processor.chat_template = template
+
+    looking = [check for check in MODEL_CHECKS if check.look.startswith("vkd_feature_rows")]
+    monkeypatch.setattr(testing, "MODEL_CHECKS", looking)
+    assert checked("llava", model_type, tiny_as(adjoining, "llava")) == {}
+
+
 def test_checks_that_stop_at_the_same_error_are_told_in_one() -> None:
     failed = checked(*QWEN, tokens_as(without_grids))
     assert set(failed) == {"a-question-about-a-photo-is-answered", "every-key-of-the-processor-is-kept"}

@@ -52,11 +52,11 @@ def vkd_feature_rows(
 
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     image_token = (inputs["input_ids"] == generic.image_token_id(model)).cpu()
-    runs = (image_token & ~image_token.roll(1, dims=1)).sum(dim=1)  # the template ends every picture with a line break
-    sample = torch.arange(len(runs)).repeat_interleave(runs)
+    number = _pictures(inputs, image_token)
+    sample = torch.arange(len(number)).repeat_interleave(number)
     sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else [None] * len(sample)
     if model.config.model_type == "llava_onevision":  # it cuts into tiles only what is shown alone
-        sizes = [size if runs[b] == 1 else None for size, b in zip(sizes, sample, strict=True)]
+        sizes = [size if number[b] == 1 else None for size, b in zip(sizes, sample, strict=True)]
     pictures = [_shown(model.config, side, size) for size in sizes]
     real = torch.cat(pictures)
     if model.config.vision_feature_select_strategy == "default" and layer.name != "projector":
@@ -64,6 +64,17 @@ def vkd_feature_rows(
     per_picture = torch.tensor([len(tiles) for tiles in pictures]) * real.shape[1]
     device = inputs["input_ids"].device
     return FeatureRows(sample.repeat_interleave(per_picture).to(device), real.flatten().to(device))
+
+
+def _pictures(inputs: Mapping[str, Tensor], image_token: Tensor) -> Tensor:
+    """`[B]`: how many pictures each sample shows; templates may write them with nothing in between."""
+    tokens = image_token.sum(dim=1)
+    if "image_sizes" not in inputs:  # every picture has as many tokens
+        return tokens * len(inputs["pixel_values"]) // tokens.sum()
+    if "batch_num_images" not in inputs:  # the published templates end every picture with a line break
+        return (image_token & ~image_token.roll(1, dims=1)).sum(dim=1)
+    listed = inputs["batch_num_images"].cpu()  # of samples without a picture, some versions list 0 and some nothing
+    return (tokens > 0).long().masked_scatter(tokens > 0, listed[listed > 0])
 
 
 def _shown(config: Any, side: int, size: Sequence[int] | None) -> Tensor:
