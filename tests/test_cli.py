@@ -242,6 +242,10 @@ def test_inspect_layers_reads_a_local_config(here: Path) -> None:
         ('{"model_type": "bert"}', "bert"),
         ('{"model_type": "paligemma"}', "no installed adapter serves model type 'paligemma'"),
         ('{"model_type": "internvl_chat"}', "OpenGVLab/InternVL3-8B-hf"),
+        ('{"model_type": ["llava"]}', "knows no model_type ['llava']"),
+        ('{"model_type": "llava", "vision_config": {"model_type": "nosuch"}}', "does not take this config"),
+        ('{"model_type": "llava", "vision_config": "a text"}', "config.json: "),
+        ('{"model_type": "llava", "vision_config": {"num_attention_heads": 7}}', "config.json: "),
     ],
 )
 def test_inspect_layers_refuses_a_broken_config_in_one_line(here: Path, contents: str, fragment: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import socket
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -37,6 +38,8 @@ PART_TITLES: dict[Part, str] = {
 LAYOUT = 2
 """Raise when the rows change, so that older ones are not read from the cache."""
 UNKNOWN: dict[str, Any] = {"accuracy": None, "interval_95": None}
+LONGEST = 300
+"""Characters of a foreign error that are shown."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -59,8 +62,8 @@ def describe(source: str, adapter: Adapter | None = None) -> Anatomy:
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"{source}: its config does not build an image-text-to-text model ({error})") from error
+    except Exception as error:  # model classes refuse a config in ways of their own
+        raise ModelError(f"{source}: its config does not build an image-text-to-text model ({_told(error)})") from error
     return adapter.anatomy(model)
 
 
@@ -181,11 +184,19 @@ def _config(source: str, contents: Mapping[str, Any], adapter: Adapter | None) -
     model_type = contents.get("model_type")
     if refused := _refused(str(model_type), adapter):
         raise ModelError(f"{source}: {refused}")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"{source}: transformers knows no model_type {model_type!r}{nearest(str(model_type), list(CONFIG_MAPPING))}"
         )
-    return CONFIG_MAPPING[model_type].from_dict(dict(contents))
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(contents))
+    except Exception as error:  # and so do config classes
+        raise ModelError(f"{source}: transformers does not take this config ({_told(error)})") from error
+
+
+def _told(error: Exception) -> str:
+    """An error in one line, without the end of the lists that some of them hold."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST, placeholder=" ...")
 
 
 def _refused(model_type: str, adapter: Adapter | None) -> str | None:
