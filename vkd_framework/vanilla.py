@@ -1,8 +1,8 @@
 """Where a run's starting model comes from: a hub id or a folder as it is, or taught and kept in the user's cache.
 
 A taught model is cached under a hash of everything it depends on (people down to their pixels, the model's first
-weights, what its processor makes of some pairs, the teaching), so that a second run starts at once and a changed recipe
-never finds a stale model.
+weights, how some pairs are encoded and labelled, the teaching), so that a second run starts at once and a changed
+recipe or adapter never finds a stale model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vkd_framework.teach import teach
 from vkd_framework.types import ImageQuestionPair, Splits
 
 ENCODED = 16
-"""About how many pairs stand for what a processor does with all of them."""
+"""About how many pairs stand for how all of them are encoded and labelled."""
 
 LAYOUT = 1
 """Raise when teaching changes in a way that no setting shows, so that older caches are not used."""
@@ -44,6 +44,7 @@ def starting_model(
     groups = splits.teach if knows_forgotten else splits.teach_retain
     pairs = _all(groups)
     untaught = _untaught(adapter, recipe, splits, device)
+    encoded = untaught.tokenize(pairs[:: max(1, len(pairs) // ENCODED)])
     key = digest(
         [
             LAYOUT,
@@ -51,7 +52,7 @@ def starting_model(
             transformers.__version__,
             recipe.teach.model_dump(),
             fingerprint(untaught.model.state_dict()),
-            fingerprint(dict(untaught.tokenize(pairs[:: max(1, len(pairs) // ENCODED)]).inputs)),
+            fingerprint({**encoded.inputs, "labels": encoded.labels}),
             content_hash(pairs),
         ]
     )
