@@ -748,3 +748,9 @@ def test_the_page_lists_every_check_in_order_with_the_hook_to_look_at() -> None:
         r"^\| `([a-z0-9-]+)` \| .+? \| `(vkd_\w+)` \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     assert rows == [(check.name, check.look.split()[0]) for check in (*ADAPTER_CHECKS, *MODEL_CHECKS)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/writing_an_adapter.md"])
+def test_a_page_that_counts_the_checks_counts_them_all(name: str) -> None:
+    told = re.findall(r"(\d+) checks", (PAGE.parent.parent / name).read_text(encoding="utf-8"))
+    assert told and {int(count) for count in told} == {len(NAMES)}
