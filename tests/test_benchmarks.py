@@ -334,6 +334,22 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda row: row["Classification_Task"]["Pure_Text_Questions"][0].update(Correct_Answer="E"),
         "Correct_Answer is 'E', allowed: one of the options A, B, C, D",
     ),
+    "options in a list": (
+        lambda row: row["Classification_Task"]["Pure_Text_Questions"][0].update(Options=["Cairo", "Oslo"]),
+        "Correct_Answer is 'A', allowed: one of the options",
+    ),
+    "a task as text": (
+        lambda row: row.update(Classification_Task='{"Pure_Text_Questions": []}'),
+        "Classification_Task is no object with keys and lists",
+    ),
+    "a question as text": (
+        lambda row: row["Classification_Task"].update(Image_Textual_Questions=["Where?"]),
+        "Image_Textual_Questions is ['Where?'], a list of objects is needed",
+    ),
+    "no list of questions": (
+        lambda row: row.update(Generation_Task={"Type": "Image_Textual"}),
+        "Generation_Task is {'Type': 'Image_Textual'}, a list of objects is needed",
+    ),
     "no question": (lambda row: row["Generation_Task"][0].update(Question=" "), "Question is ' ', a text is needed"),
     "an image token": (
         lambda row: row["Generation_Task"][0].update(Question="<image> Where?"),
@@ -342,14 +358,26 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+OF_ANOTHER_KIND = ("options in a list", "a task as text", "a question as text", "no list of questions")
+"""Rows unlike the others, which a parquet file cannot hold."""
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_row_is_reported_with_its_place(tmp_path: Path, case: str) -> None:
     breaking, complaint = BROKEN[case]
     sets = mllmu()
     breaking(sets["forget_5"][1])
-    head, first, *more = refusal("mllmu_bench", write_parquet(tmp_path, sets)).splitlines()
+    write = write_json if case in OF_ANOTHER_KIND else write_parquet
+    head, first, *more = refusal("mllmu_bench", write(tmp_path, sets)).splitlines()
     assert head.startswith("MLLMU-Bench: 1 broken row (of ") and more == []
     assert first.startswith("forget_5:2: ") and complaint in first
+
+
+def test_questions_of_fiubench_that_are_no_objects_are_reported(tmp_path: Path) -> None:
+    people = fiubench()
+    people[1]["qa_list"].append("Where?")
+    message = refusal("fiubench", write_fiubench(tmp_path, people))
+    assert "full:2: qa_list is [" in message and "a list of objects is needed" in message
 
 
 def test_broken_training_questions_are_reported(tmp_path: Path) -> None:

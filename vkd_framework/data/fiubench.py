@@ -84,7 +84,7 @@ def _questions(
     """The pairs of one person that are trained on; the measured ones go into `columns`."""
     seen, paraphrased = ("forget_vqa", "test_vqa") if forgotten else ("retain_vqa_seen", "retain_vqa")
     about = partial(ImageQuestionPair, photos=(photo,), subject=str(row["unique_id"]))
-    items = [item for item in row["qa_list"] or () if isinstance(item, Mapping)]
+    items = reader.items(row["qa_list"], "qa_list", place)
     phrasings = {_folded(item.get("question")) for item in items}
     trained = []
     for number, item in enumerate(items):

@@ -169,22 +169,26 @@ class _Writer:
     def _pairs(self, place: str, row: Row) -> Iterator[tuple[str, bool, ImageQuestionPair]]:
         """Each question without its photo: the ending of its column, whether it has a photo, and the pair."""
         classified = row["Classification_Task"] or {}
+        if not isinstance(classified, Mapping):
+            self._reader.fault(place, "Classification_Task is no object with keys and lists")
+            classified = {}
         for kind, visual in (("Image_Textual_Questions", True), ("Pure_Text_Questions", False)):
-            for number, item in enumerate(classified.get(kind) or ()):
+            for number, item in enumerate(self._reader.items(classified.get(kind), kind, place)):
                 if pair := self._choice(f"{place}/{kind}/{number}", row, item, place):
                     yield "", visual, pair
         for key, ending in (("Generation_Task", "_generation"), ("Mask_Task", "_cloze")):
-            for number, item in enumerate(row[key] or ()):
-                kind = item.get("Type")
-                if kind not in ("Image_Textual", "Pure_Text"):
-                    self._reader.fault(place, f"{key}: Type is {kind!r}, allowed: Image_Textual, Pure_Text")
+            for number, item in enumerate(self._reader.items(row[key], key, place)):
+                asked = item.get("Type")
+                if asked not in ("Image_Textual", "Pure_Text"):
+                    self._reader.fault(place, f"{key}: Type is {asked!r}, allowed: Image_Textual, Pure_Text")
                 elif pair := self._free(f"{place}/{key}/{number}", row, item, place, cloze=ending == "_cloze"):
-                    yield ending, kind == "Image_Textual", pair
+                    yield ending, asked == "Image_Textual", pair
 
     def _choice(self, name: str, row: Row, item: Row, place: str) -> ImageQuestionPair | None:
         question = self._reader.text(item, "Question", place)
-        given = item.get("Options") or {}
-        options = {letter: text for letter, text in given.items() if isinstance(text, str) and text.strip()}
+        given = item.get("Options")
+        told = given.items() if isinstance(given, Mapping) else ()
+        options = {letter: text for letter, text in told if isinstance(text, str) and text.strip()}
         answer = str(item.get("Correct_Answer"))
         if answer not in options or len(options) < 2:
             self._reader.fault(place, f"Correct_Answer is {answer!r}, allowed: one of the options {', '.join(options)}")

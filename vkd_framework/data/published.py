@@ -204,6 +204,14 @@ class Reader:
             return None
         return value.strip()
 
+    def items(self, value: object, key: str, place: str) -> list[Row]:
+        """A list of objects with keys; nothing where there is nothing, and where there is something else."""
+        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+            return value
+        if value is not None:
+            self.fault(place, f"{key} is {_shown(value)}, a list of objects is needed")
+        return []
+
     def texts(self, value: object) -> tuple[str, ...]:
         """One text or several, as they are published; nothing where there is nothing."""
         values = value if isinstance(value, list | tuple) else [value]
