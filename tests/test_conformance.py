@@ -531,6 +531,12 @@ MISTAKES: dict[str, tuple[tuple[str, str], Hooks, str, str]] = {
     "tiny model without its seed": (
         QWEN, tiny_as(reseeded), "the-same-seed-gives-the-same-tiny-model", r"blocks\.0\.mlp\.fc1\.weight"
     ),
+    "model type of a model that takes no photos": (
+        QWEN,
+        {"vkd_model_types": lambda: ["qwen2_vl", "bert"]},
+        "transformers-knows-the-model-types",
+        "'bert'",
+    ),
     "model type unknown to transformers": (
         QWEN,
         {"vkd_model_types": lambda: ["qwen2_vl", "qwen2_v"]},
