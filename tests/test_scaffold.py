@@ -172,6 +172,12 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_worked_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AdapterError, match=r"cannot be made \(Not a directory\); give another folder with --out"):
+        new_adapter("mine", "gemma3", tmp_path / "file" / "mine")
+
+
 def test_a_refusal_is_one_line_and_exit_status_2() -> None:
     done = CliRunner().invoke(main, ["new-adapter", "mine", "--model-type", "gemma33"])
     assert done.exit_code == 2

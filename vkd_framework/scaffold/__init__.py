@@ -33,6 +33,11 @@ def new_adapter(name: str, model_type: str, folder: Path | None = None) -> Writt
     target = folder or Path(f"vkd-adapter-{name.replace('_', '-')}")
     if target.exists():
         raise AdapterError(f"{target}: exists already; give another folder with --out")
+    try:  # before the long work
+        target.mkdir(parents=True)
+        target.rmdir()
+    except OSError as error:
+        raise AdapterError(f"{target}: cannot be made ({error.strerror}); give another folder with --out") from error
 
     from vkd_framework.scaffold.render import render_adapter, render_package
     from vkd_framework.scaffold.shrink import draft
