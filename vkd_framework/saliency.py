@@ -73,7 +73,8 @@ def build_mask(
 ) -> Mask:
     """Score every weight, cut, and check the mask. Raises RecipeError when it selects none or all.
 
-    A parameter that no gradient reaches influences no answer: it may not move, and `density` is a share of the others.
+    A parameter that no gradient of the drawn forget pairs reaches may not move, and `density` is a share of the others;
+    a random mask looks at no gradient and draws from all.
     """
     generator = torch.Generator().manual_seed(seed)
     forget, retain = (_draw(pairs, config.pairs, generator) for pairs in (forget, retain))
@@ -88,7 +89,7 @@ def build_mask(
         of_forget = saliency(forget, config.kind == "ratio", "saliency of the forget set")
         if silent := without_gradient(of_forget):
             more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
-            say(f"mask: no gradient reaches {silent[0]}{more}; no answer depends on them, so they may not move")
+            say(f"mask: no gradient reaches {silent[0]}{more}: no drawn pair depends on them, they may not move")
         if config.kind == "ratio":
             of_retain = saliency(retain, True, "saliency of the retain set")
             scores = ratio_scores(of_forget, of_retain, config.granularity)
