@@ -18,10 +18,10 @@ MODULES = {
 }
 
 FLOORS = (
-    ("__init__", "errors", "types", "answers", "cache", "hookspecs"),
+    ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
     ("data", "batches", "features", "losses", "saliency"),
-    ("teach", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
+    ("teach", "objective", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
     ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
     ("cli", "__main__"),

@@ -9,12 +9,13 @@ import torch
 from conftest import asked_about, changed, make_recipe, picture, weights
 
 from vkd_framework.evaluate import answer_losses
+from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe, TeachConfig, UnlearnConfig
 from vkd_framework.saliency import Mask
 from vkd_framework.teach import teach
 from vkd_framework.types import ImageQuestionPair, Splits
-from vkd_framework.unlearn import History, Objective, active_parameters, phase_at, rate_factor, unlearn
+from vkd_framework.unlearn import History, active_parameters, phase_at, rate_factor, unlearn
 
 
 class Killed(Exception):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vkd_framework import methods
 from vkd_framework.errors import RecipeError
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -254,7 +255,9 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     description: str = ""
     adapter: str
-    method: Literal["vkd"] = "vkd"
+    method: str = Field(
+        default=methods.DEFAULT, description="fills in train, losses, mask and phases; see `vkd methods`"
+    )
     seed: int = Field(default=0, ge=0)
     model: ModelConfig = ModelConfig()
     data: Annotated[AnyData, Field(discriminator="kind")]
@@ -267,6 +270,19 @@ class Recipe(Section):
     unlearn: UnlearnConfig = UnlearnConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     relearn: RelearnConfig = RelearnConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_by_method(cls, raw: Any) -> Any:
+        return methods.fill(raw) if isinstance(raw, dict) else raw
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method not in methods.METHODS:
+            close = nearest(method, methods.METHODS)
+            raise ValueError(f"there is no such method{close}; there are {', '.join(methods.METHODS)}")
+        return method
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -338,6 +354,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
     _anchor_paths(raw, path.resolve().parent)
+    raw = methods.fill(raw)
     for override in overrides:
         _apply_override(raw, override)
     try:
@@ -380,7 +397,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         place = place.setdefault(name, {}) if isinstance(place, dict) else _item(place, name, override)
         if place is None:
             raise RecipeError(f"--set {override}: {name!r} is switched off in the recipe; set the whole of it instead")
-    if isinstance(place, dict):
+    if place is raw and last == "method" and value != raw.get("method", methods.DEFAULT):
+        methods.switch(raw, value)
+        raw.update(methods.fill(raw))
+    elif isinstance(place, dict):
         place[last] = value
     elif isinstance(place, list):
         _item(place, last, override)
