@@ -21,7 +21,7 @@ FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
     ("data", "batches", "features", "losses", "saliency"),
-    ("teach", "objective", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
+    ("teach", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
     ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
     ("cli", "__main__"),

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-OWNED = ("train", "losses", "mask", "unlearn.phases")
+OWNED = ("train", "losses", "mask", "unlearn.phases", "simulated_attack")
 """Recipe keys that belong to the method: switching the method puts them back to the new method's values."""
 
 DEFAULT = "vkd"

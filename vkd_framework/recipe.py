@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vkd_framework import methods
 from vkd_framework.errors import RecipeError
+from vkd_framework.types import Scope
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -221,6 +222,27 @@ class UnlearnConfig(Section):
         return self
 
 
+class SimulatedAttack(Section):
+    """An attacker who relearns while the model unlearns; forgetting is asked for at the weights that he reaches."""
+
+    weight: Weight = Field(default=0.0, description="of his loss beside the forget terms; 0: no attacker")
+    cap: float = Field(default=10.0, gt=0, description="nats per answer token; above it a sample gives no gradient")
+    scopes: tuple[Scope, ...] = Field(
+        default=("visual", "full"), min_length=1, description="what he tunes; one is drawn for each attack"
+    )
+    horizon: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        default=(3, 20), description="shortest and longest attack, in steps"
+    )
+    learning_rate: float = Field(default=3e-4, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _horizon_is_a_range(self) -> SimulatedAttack:
+        if self.horizon[0] > self.horizon[1]:
+            raise ValueError("horizon: the shortest attack comes first")
+        return self
+
+
 class EvaluateConfig(Section):
     """How the columns are measured."""
 
@@ -237,7 +259,7 @@ class RelearnConfig(Section):
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(10, 30, 60), min_length=1, description="steps after which Test VQA is scored"
     )
-    scopes: tuple[Literal["visual", "full"], ...] = Field(default=("visual", "full"), min_length=1)
+    scopes: tuple[Scope, ...] = Field(default=("visual", "full"), min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
@@ -268,6 +290,7 @@ class Recipe(Section):
     losses: Losses = Losses()
     mask: MaskConfig = MaskConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
+    simulated_attack: SimulatedAttack = SimulatedAttack()
     evaluate: EvaluateConfig = EvaluateConfig()
     relearn: RelearnConfig = RelearnConfig()
 

@@ -19,12 +19,8 @@ from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig
-from vkd_framework.types import AttackCurve, ImageQuestionPair, Part
+from vkd_framework.types import SCOPES, AttackCurve, ImageQuestionPair, Scope
 
-SCOPES: dict[str, tuple[Part, ...]] = {
-    "visual": ("encoder", "projector"),
-    "full": ("encoder", "projector", "language_model"),
-}
 CLIP = 1.0
 
 
@@ -48,7 +44,7 @@ def attack(
 
         def work(
             mllm: MLLM,
-            scope: str = scope,
+            scope: Scope = scope,
             share: float = share,
             seed: int = seed,
             known: Sequence[ImageQuestionPair] = known,
@@ -64,7 +60,7 @@ def attack(
 
 def relearn(
     mllm: MLLM,
-    scope: str,
+    scope: Scope,
     known: Sequence[ImageQuestionPair],
     test: Sequence[ImageQuestionPair],
     config: RelearnConfig,

@@ -23,6 +23,14 @@ Kind = Literal["identity", "visible", "text"]
 Part = Literal["encoder", "projector", "language_model"]
 """The three parts into which every adapter splits the parameters of its model."""
 
+Scope = Literal["visual", "full"]
+"""What an attacker tunes: the visual modules alone, or every weight."""
+
+SCOPES: Mapping[Scope, tuple[Part, ...]] = {
+    "visual": ("encoder", "projector"),
+    "full": ("encoder", "projector", "language_model"),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Photo:
@@ -161,7 +169,7 @@ class AttackCurve:
     """One relearning attack: exact match on Test VQA after each number of steps (0 = before the attack)."""
 
     model: str
-    scope: Literal["visual", "full"]
+    scope: Scope
     share: float
     pairs: int
     seed: int

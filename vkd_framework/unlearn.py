@@ -22,6 +22,7 @@ from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import Recipe, UnlearnConfig
 from vkd_framework.saliency import Mask, mask_gradients, restore_masked
+from vkd_framework.simulated_attack import SimulatedAttacker
 from vkd_framework.types import Splits
 
 History = list[dict[str, Any]]
@@ -43,6 +44,14 @@ def unlearn(
     objective = Objective(mllm, recipe, splits)
     forget = Batches(splits.forget, config.forget_batch, recipe.seed)
     retain = Batches(splits.retain, config.retain_batch, recipe.seed + 1)
+    attacker = SimulatedAttacker(
+        mllm,
+        parameters,
+        recipe.simulated_attack,
+        splits.forget,
+        seed=recipe.seed + 2,
+        restart_every=config.checkpoint_every,
+    )
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     done, history = load_training(resume, parameters, optimizer)
     progress = Progress(range(done, config.steps), "unlearn")
@@ -61,7 +70,10 @@ def unlearn(
                 f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
                 "train what lies before losses.repel.layers, or give losses.forget_output a weight"
             )
-        torch.autograd.backward(config.phases[phase].forget * forget_loss)
+        strength = config.phases[phase].forget
+        torch.autograd.backward(strength * forget_loss)
+        if attacked := strength * recipe.simulated_attack.weight:
+            forget_terms["attacked"] = attacker.add_gradient(step, attacked)
         if mask and recipe.mask.scope == "forget":
             mask_gradients(parameters, mask)
         retain_loss, retain_terms = objective.retain(retain.batch(step))

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import changed, weights
+
+from vkd_framework.batches import Batches
+from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.plugins import MLLM, trainable
+from vkd_framework.recipe import SimulatedAttack
+from vkd_framework.simulated_attack import SimulatedAttacker
+from vkd_framework.types import SCOPES, EncodedBatch, Scope, Splits
+
+VISUAL = ("encoder", "projector")
+
+
+def attacker_of(mllm: MLLM, splits: Splits, *, restart_every: int = 100, **settings: Any) -> SimulatedAttacker:
+    config = SimulatedAttack.model_validate({"weight": 1, "batch_size": 4, "horizon": [5, 5]} | settings)
+    student = trainable(mllm, VISUAL)
+    return SimulatedAttacker(mllm, student, config, splits.forget, seed=3, restart_every=restart_every)
+
+
+def content_loss(mllm: MLLM, batch: EncodedBatch) -> torch.Tensor:
+    return answer_cross_entropy(mllm.model(**batch.inputs).logits, batch.inputs["input_ids"], batch.content)
+
+
+def test_before_the_attacker_has_moved_the_student_gets_plain_gradient_ascent(student: MLLM, splits: Splits) -> None:
+    attacker = attacker_of(student, splits)
+    parameters = trainable(student, VISUAL)
+    reported = attacker.add_gradient(0, 0.5)
+    added = {name: parameter.grad for name, parameter in parameters.items()}
+    loss = content_loss(student, student.tokenize(attacker.batches.batch(0))).mean()
+    expected = torch.autograd.grad(-0.5 * loss, list(parameters.values()), allow_unused=True)
+    assert reported == pytest.approx(loss.item(), rel=1e-5)
+    for (name, got), wanted in zip(added.items(), expected, strict=True):
+        assert (got is None) == (wanted is None), name
+        if got is not None and wanted is not None:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scope", ["visual", "full"])
+def test_the_attacker_goes_where_adam_would_take_a_copy_that_is_fine_tuned(
+    student: MLLM, splits: Splits, scope: Scope
+) -> None:
+    attacker = attacker_of(student, splits, scopes=[scope], learning_rate=1e-3)
+    for step in range(4):
+        attacker.add_gradient(step, 1.0)
+    copied = student.copy()
+    tuned = trainable(copied, SCOPES[scope])
+    optimizer = torch.optim.Adam(tuned.values(), lr=1e-3)
+    for step in range(4):
+        optimizer.zero_grad()
+        torch.autograd.backward(content_loss(copied, copied.tokenize(attacker.batches.batch(step))).mean())
+        optimizer.step()
+    start = dict(student.model.named_parameters())
+    moved = {name for name, difference in attacker.difference.items() if bool(difference.any())}
+    assert moved and moved <= set(tuned)
+    for name, parameter in tuned.items():
+        torch.testing.assert_close(start[name] + attacker.difference[name], parameter, rtol=1e-3, atol=2e-5)
+
+
+def test_the_attacker_leaves_every_weight_of_the_model_as_it_is(student: MLLM, splits: Splits) -> None:
+    attacker = attacker_of(student, splits, scopes=["full"])
+    before = weights(student)
+    for step in range(3):
+        attacker.add_gradient(step, 1.0)
+    assert not changed(before, weights(student))
+    frozen = student.parameters(["language_model"])
+    assert all(parameter.grad is None for parameter in frozen.values())
+
+
+def test_answers_above_the_cap_push_the_student_no_further_and_the_attacker_goes_on(
+    student: MLLM, splits: Splits
+) -> None:
+    attacker = attacker_of(student, splits, cap=1e-3)
+    attacker.add_gradient(0, 1.0)
+    assert all(p.grad is None or not p.grad.any() for p in trainable(student, VISUAL).values())
+    assert any(bool(difference.any()) for difference in attacker.difference.values())
+
+
+@pytest.mark.parametrize(("horizon", "restart_every"), [(2, 100), (50, 2)])
+def test_an_attack_starts_anew_at_its_horizon_and_where_training_can_be_resumed(
+    student: MLLM, splits: Splits, horizon: int, restart_every: int
+) -> None:
+    going_on = attacker_of(student, splits, horizon=[horizon, horizon], restart_every=restart_every)
+    for step in range(3):
+        going_on.add_gradient(step, 1.0)
+    fresh = attacker_of(student, splits, horizon=[horizon, horizon], restart_every=restart_every)
+    fresh.add_gradient(2, 1.0)
+    assert going_on.difference.keys() == fresh.difference.keys()
+    for name, difference in fresh.difference.items():
+        assert torch.equal(difference, going_on.difference[name])
+
+
+def test_batches_are_of_the_forget_set(student: MLLM, splits: Splits) -> None:
+    attacker = attacker_of(student, splits)
+    attacker.add_gradient(0, 1.0)
+    assert isinstance(attacker.batches, Batches)
+    assert {pair.subject for pair in attacker.batches.batch(0)} <= set(splits.forget_subjects)
