@@ -15,8 +15,8 @@ from vkd_framework.evaluate import (
     option_losses,
     rouge_l,
     score,
-    wilson,
 )
+from vkd_framework.intervals import wilson
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import EvaluateConfig
 from vkd_framework.types import ImageQuestionPair, Splits

@@ -18,12 +18,13 @@ MODULES = {
 }
 
 FLOORS = (
-    ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods"),
+    ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods", "intervals"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
     ("data", "batches", "features", "losses", "saliency"),
     ("teach", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
     ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
+    ("bench",),
     ("cli", "__main__"),
 )
 """The rooms of each floor, from the ground up. A room imports its own floor and those below."""

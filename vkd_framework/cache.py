@@ -1,7 +1,8 @@
-"""The user's cache folder: taught models and inspected layers, safe to delete at any time."""
+"""The user's cache folder: taught models, what was measured on them, inspected layers; safe to delete at any time."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,3 +14,16 @@ CACHE_VARIABLE = "VKD_CACHE"
 def cache_folder() -> Path:
     """Where things that can be made again are kept; the environment variable `VKD_CACHE` moves it."""
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("vkd-framework"))
+
+
+def _hash_of_sources() -> str:
+    sha = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        sha.update(f"{path.relative_to(package).as_posix()}\n".encode())
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+CODE = _hash_of_sources()
+"""Hash of this package's code as it was when the process began: what other code measured is not taken for our own."""

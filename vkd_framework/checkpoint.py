@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
+from vkd_framework.progress import say
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -66,14 +70,16 @@ class Stages:
     def __init__(self, folder: Path, peak_memory: Callable[[], int]) -> None:
         self._folder, self._peak_memory = folder, peak_memory
 
-    def run(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of `work`, from its file when the stage was finished before."""
+    def run(self, name: str, work: Callable[[], Any], *, shared: Path | None = None) -> Any:
+        """The result of `work`, from its file when the stage was finished before.
+
+        `shared`: a folder in which the result is kept for other runs too, and read when one of them was first. The
+        stage then counts with the seconds it took there; memory is always this process's own.
+        """
         path = self._folder / f"{name}.json"
         if not path.exists():
-            start = time.perf_counter()
-            result = work()
-            seconds = time.perf_counter() - start
-            write_json(path, {"seconds": seconds, "peak_memory_bytes": self._peak_memory(), "result": result})
+            stage = _timed(work) if shared is None else _shared(shared / f"{name}.json", work)
+            write_json(path, {**stage, "peak_memory_bytes": self._peak_memory()})
         return read_json(path)["result"]
 
     def forget(self, name: str) -> None:
@@ -87,6 +93,24 @@ class Stages:
     def peak_memory(self) -> int:
         """The most memory the process held by the end of any stage."""
         return max((int(read_json(path)["peak_memory_bytes"]) for path in self._folder.glob("*.json")), default=0)
+
+
+def _timed(work: Callable[[], Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    result = work()
+    return {"seconds": time.perf_counter() - start, "result": result}
+
+
+def _shared(path: Path, work: Callable[[], Any]) -> dict[str, Any]:
+    """What `_timed` says, done by one process and read by the others, which wait for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            say(f"{path.stem}: measured before, read from {path.parent}")
+        else:
+            write_json(path, _timed(work))
+        stage: dict[str, Any] = read_json(path)
+        return stage
 
 
 def save_training(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vkd_framework.answers import is_right
+from vkd_framework.intervals import wilson
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
@@ -124,14 +125,6 @@ def rouge_l(answer: str, reference: str) -> float:
         for j, other in enumerate(b, start=1):
             diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
     return 2 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson 95 % interval of a proportion; stays inside [0, 1] and is honest at 0 and at n."""
-    share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _with_answer(pair: ImageQuestionPair, answer: str) -> ImageQuestionPair:

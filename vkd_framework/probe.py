@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vkd_framework.errors import DataError
-from vkd_framework.evaluate import wilson
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
+from vkd_framework.intervals import wilson
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress

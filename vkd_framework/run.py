@@ -25,14 +25,15 @@ import yaml
 from pydantic import ValidationError
 
 import vkd_framework
-from vkd_framework import data, proofs, relearn, report, saliency
+from vkd_framework import data, methods, proofs, relearn, report, saliency
+from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError, RecipeError
 from vkd_framework.evaluate import evaluate
 from vkd_framework.layers_table import describe, plan
 from vkd_framework.plugins import MLLM, Adapter, Anatomy, load_adapter, trainable
 from vkd_framework.progress import log_to, say
-from vkd_framework.recipe import Recipe, find_recipe, load_recipe
+from vkd_framework.recipe import Recipe, digest, find_recipe, load_recipe
 from vkd_framework.types import AttackCurve, ImageQuestionPair, Part, Sample, Splits
 from vkd_framework.unlearn import History, active_parameters, unlearn
 from vkd_framework.vanilla import device_of, save, starting_model
@@ -42,6 +43,8 @@ TAUGHT = "taught"
 SHOWN = {"test_vqa": 5, "forget_visible_vqa": 1, "retain_vqa": 3}
 """Column -> how many answers of each person the report shows."""
 RETAINED_SUBJECTS = 3
+UNMEASURED = ("name", "description", "method", "seed", "teach", "reference", "layers", "unlearn")
+"""Sections of a recipe that decide nothing about what is measured on a taught model, beside those of the method."""
 
 
 def dry_run(reference: str, overrides: tuple[str, ...]) -> str:
@@ -55,9 +58,7 @@ def run(
     reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, resume: bool = False
 ) -> tuple[dict[str, Any], Path]:
     """Do the whole run; returns its metrics and its folder. Nothing is written before everything is checked."""
-    recipe = load_recipe(reference, overrides)
-    adapter = load_adapter(recipe.adapter)
-    _check_model(recipe, adapter)
+    recipe, adapter = checked(reference, overrides)
     folder = _run_folder(recipe, out, resume)
     splits = data.load(recipe.data)
     try:
@@ -68,6 +69,14 @@ def run(
         people = f"{len(splits.forget_subjects)} of {len(splits.subjects)} people are to be forgotten"
         say(f"{recipe.name}: {people}; results in {folder}")
         return Run(recipe, adapter, splits, folder, find_recipe(reference).read_text(encoding="utf-8")).all(), folder
+
+
+def checked(reference: str, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Adapter]:
+    """The recipe and its adapter, when its layers are there and its device is; reads no weights and writes nothing."""
+    recipe = load_recipe(reference, overrides)
+    adapter = load_adapter(recipe.adapter)
+    _check_model(recipe, adapter)
+    return recipe, adapter
 
 
 def _check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
@@ -245,6 +254,20 @@ class Run:
         rounds = zip_longest(*self.splits.columns.values())
         return [pair for turn in rounds for pair in turn if pair is not None]
 
+    def _shared(self, source: str) -> Path | None:
+        """Where what is measured on a taught model is kept for runs of other methods and seeds; None for other models.
+
+        The name of a taught model's folder is a hash of its content. A hub id or a user's folder may change.
+        """
+        taught = cache_folder() / "taught"
+        if self.recipe.teach is None or Path(source).parent != taught:
+            return None
+        skipped = {*UNMEASURED, *(key.partition(".")[0] for key in methods.OWNED)}
+        settings = self.recipe.model_dump(mode="json", exclude=skipped)
+        facts = environment(self.device)
+        key = digest([CODE, facts["torch"], facts["transformers"], facts["device"], Path(source).name, settings])
+        return cache_folder() / "measured" / key
+
     def _evaluate(self, name: str, source: str) -> dict[str, Any]:
         """Column -> {cell, answers} of one model; for the vanilla model also `taught`, over everybody it was taught."""
 
@@ -257,7 +280,7 @@ class Run:
                 column: {"cell": asdict(result.cell), "answers": result.answers} for column, result in answered.items()
             }
 
-        result: dict[str, Any] = self.stages.run(f"evaluate-{name}", work)
+        result: dict[str, Any] = self.stages.run(f"evaluate-{name}", work, shared=self._shared(source))
         exact = {column: f"{found['cell']['exact_match']:.1%}" for column, found in result.items()}
         say(f"{name}: " + ", ".join(f"{column} {value}" for column, value in exact.items()))
         return result
@@ -272,7 +295,7 @@ class Run:
                     loaded.append(self._load(source))
                 return work(loaded[0])
 
-            return self.stages.run(key, load_and_work)
+            return self.stages.run(key, load_and_work, shared=self._shared(source))
 
         before = columns["test_vqa"]["cell"]["exact_match"]
         test = self.splits.columns["test_vqa"]
