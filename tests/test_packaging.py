@@ -88,9 +88,10 @@ def test_data_files_and_type_markers_are_inside(installed: Run) -> None:
         "-c",
         "import importlib.resources as r; f = r.files('vkd_framework'); a = r.files('vkd_adapters');"
         "t = f / 'scaffold' / 'templates' / 'adapter.py.j2';"
-        "print(*[p.is_file() for p in (f / 'report' / 'report.html.j2', t, f / 'py.typed', a / 'py.typed')])",
+        "p = (f / 'report' / 'report.html.j2', f / 'report' / 'style.css', f / 'bench' / 'bench.html.j2');"
+        "print(*[p.is_file() for p in (*p, t, f / 'py.typed', a / 'py.typed')])",
     )
-    assert found.split() == ["True"] * 4
+    assert found.split() == ["True"] * 6
 
 
 def test_nothing_but_the_two_packages_is_installed(installed: Run) -> None:

@@ -107,7 +107,7 @@ def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
         return folder
     candidates = [out] if out else sorted(Path("runs").glob(f"{recipe.name}-*"), reverse=True)
     for folder in candidates:
-        if _recipe_of(folder) == recipe.digest():
+        if recipe_of(folder) == recipe.digest():
             return folder
     if out and out.exists() and any(out.iterdir()):
         raise RecipeError(
@@ -120,7 +120,7 @@ def _run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     )
 
 
-def _recipe_of(folder: Path) -> str | None:
+def recipe_of(folder: Path) -> str | None:
     """The digest of the recipe that a run folder was made with; None where there is none to be read."""
     try:
         return Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))).digest()

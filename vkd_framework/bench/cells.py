@@ -1,0 +1,143 @@
+"""The cells of a bench: recipe x method x seed, checked before anything runs, and how far each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from vkd_framework import methods
+from vkd_framework.bench.records import METRICS, Record, read
+from vkd_framework.errors import RecipeError
+from vkd_framework.recipe import nearest
+from vkd_framework.run import checked, recipe_of
+
+CHOSEN = {"method": "--methods", "seed": "--seeds"}
+"""Settings that a bench varies itself -> the option that says how."""
+
+Status = Literal["done", "running", "failed", "interrupted", "to do"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the bench; `digest` is that of its resolved recipe."""
+
+    reference: str
+    overrides: tuple[str, ...]
+    recipe: str
+    method: str
+    seed: int
+    digest: str
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """Also the name of its folder."""
+        return f"{self.recipe}-{self.method}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return self.out / self.name
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever is doing the cell."""
+        return self.out / ".cells" / f"{self.name}.lock"
+
+    @property
+    def error(self) -> Path:
+        """Why it failed when it was last tried; the file is gone when it is tried again."""
+        return self.out / ".cells" / f"{self.name}.error"
+
+    def finished(self) -> bool:
+        """Whether the run is whole: its last file is the model card."""
+        card = self.folder / "model" / "README.md"
+        return (self.folder / METRICS).exists() and card.exists() and recipe_of(self.folder) == self.digest
+
+    def record(self) -> Record:
+        """The finished run."""
+        return read(self.folder)
+
+    def status(self) -> tuple[Status, str]:
+        """How far it is, with the reason of a failure."""
+        if self.finished():
+            failed = self.record().failed_proofs
+            return ("failed", f"proof failed: {', '.join(failed)}") if failed else ("done", "")
+        if self._taken():
+            return "running", ""
+        if self.error.exists():
+            return "failed", self.error.read_text(encoding="utf-8").strip()
+        return ("interrupted" if self.folder.exists() else "to do"), ""
+
+    def _taken(self) -> bool:
+        if not self.lock.exists():
+            return False
+        try:
+            with FileLock(self.lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+
+def plan(
+    references: Sequence[str],
+    method_names: Sequence[str] | None,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    out: Path,
+    say: Callable[[str], None],
+) -> list[Cell]:
+    """Every cell, seed by seed, so that all methods can be compared early. Raises RecipeError before anything runs.
+
+    Without `method_names`, all methods that the recipe can be run with; those that it cannot are said and left out.
+    """
+    for override in overrides:
+        if option := CHOSEN.get(override.partition("=")[0].strip()):
+            raise RecipeError(f"--set {override}: a bench varies this itself; use {option}")
+    for name in method_names or ():
+        if name not in methods.METHODS:
+            known = f"there are {', '.join(methods.METHODS)}"
+            raise RecipeError(f"--methods {name}: there is no such method{nearest(name, methods.METHODS)}; {known}")
+    names: dict[str, str] = {}
+    chosen: list[tuple[str, str]] = []
+    for reference in references:
+        fitting = _fitting(reference, method_names, tuple(overrides), say)
+        chosen += [(reference, method) for method in fitting]
+        name = checked(reference, _settings(fitting[0], 0, overrides))[0].name
+        if name in names:
+            raise RecipeError(f"{names[name]} and {reference}: both recipes are called {name!r}; rename one of them")
+        names[name] = reference
+    cells = []
+    for seed in dict.fromkeys(seeds):
+        for reference, method in chosen:
+            settings = _settings(method, seed, overrides)
+            recipe, _ = checked(reference, settings)
+            cells.append(Cell(reference, settings, recipe.name, method, seed, recipe.digest(), out))
+    return cells
+
+
+def _settings(method: str, seed: int, overrides: Sequence[str]) -> tuple[str, ...]:
+    return (f"method={method}", f"seed={seed}", *overrides)
+
+
+def _fitting(
+    reference: str, method_names: Sequence[str] | None, overrides: tuple[str, ...], say: Callable[[str], None]
+) -> list[str]:
+    if method_names is not None:
+        return list(dict.fromkeys(method_names))
+    fitting, errors = [], []
+    for method in methods.METHODS:
+        try:
+            checked(reference, _settings(method, 0, overrides))
+            fitting.append(method)
+        except RecipeError as error:
+            errors.append((method, error))
+    if not fitting:
+        raise errors[0][1]
+    for method, reason in errors:
+        say(f"method {method} is left out: {reason}")
+    return fitting

@@ -1,0 +1,96 @@
+"""`vkd bench` and `vkd compare`: what they do, write and print."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vkd_framework import methods
+from vkd_framework.bench import estimates, export, page, records, terminal
+from vkd_framework.bench.records import Record
+from vkd_framework.checkpoint import write_text
+from vkd_framework.errors import RecipeError, VKDError
+from vkd_framework.progress import say
+
+FILES = {"json": "cells.json", "csv": "table.csv", "markdown": "table.md", "html": "table.html"}
+"""Format -> its file in the folder of a bench."""
+
+
+def bench(
+    recipes: Sequence[str],
+    method_names: Sequence[str] | None,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    out: Path | None,
+    targets: Mapping[str, Path | None],
+    *,
+    only_list: bool,
+    echo: Callable[[str], None],
+) -> bool:
+    """Do all cells, or with `only_list` tell how far they are; returns whether one of them failed."""
+    from vkd_framework.bench import cells as planned
+    from vkd_framework.bench import loop
+
+    folder = out or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
+    cells = planned.plan(recipes, method_names, seeds, overrides, folder, say)
+    if only_list:
+        width = max(len(cell.name) for cell in cells)
+        for cell in cells:
+            status, reason = cell.status()
+            echo(f"{cell.name:<{width}}  {status}{f': {reason}' if reason else ''}")
+        return False
+    say(f"{len(cells)} runs, {sum(cell.finished() for cell in cells)} of them done; results in {folder}")
+    again = shlex.join(["--out", str(folder)])
+    try:
+        loop.work(cells)
+    except KeyboardInterrupt:
+        raise VKDError(f"stopped; the same command with {again} goes on") from None
+    found = [(cell, *cell.status()) for cell in cells]
+    missing = [f"{cell.name}: {reason or status}" for cell, status, reason in found if not cell.finished()]
+    done = [cell.record() for cell in cells if cell.finished()]
+    used = list(dict.fromkeys(cell.method for cell in cells))
+    command = ["vkd", "bench", *recipes, "--methods", ",".join(used), "--seeds", ",".join(map(str, seeds))]
+    command += [part for override in overrides for part in ("--set", override)]
+    written = {form: [folder / name, *([path] if (path := targets.get(form)) else [])] for form, name in FILES.items()}
+    echo(_show(done, written, command=shlex.join(command), left_out=missing))
+    echo(f"\ntable: {folder / FILES['html']}, {folder / FILES['markdown']} and {folder / FILES['csv']}")
+    return any(status == "failed" for _, status, _ in found)
+
+
+def compare(places: Sequence[Path], targets: Mapping[str, Path | None]) -> str:
+    """The table of finished runs, written to the files that were asked for too."""
+    written = {form: [path] for form, path in targets.items() if path}
+    command = shlex.join(["vkd", "compare", *map(str, places)])
+    return _show(records.find(places), written, command=command, left_out=[])
+
+
+def _show(
+    found: Sequence[Record], targets: Mapping[str, Sequence[Path]], *, command: str, left_out: Sequence[str]
+) -> str:
+    """Write the comparison; returns it for the terminal. Runs with a failed proof are named, and enter no table."""
+    sound = [record for record in found if not record.failed_proofs]
+    broken = [
+        f"{record.folder.name}: proof failed: {', '.join(record.failed_proofs)}"
+        for record in found
+        if record.failed_proofs
+    ]
+    failures = [*left_out, *broken]
+    groups = records.gather(sound, list(methods.METHODS))
+    comparisons = [estimates.compare(group) for group in groups]
+    writers: dict[str, Callable[[], str]] = {
+        "json": lambda: export.json_text(sound),
+        "csv": lambda: export.csv_text(comparisons),
+        "markdown": lambda: export.markdown(comparisons, methods.DEFAULT, command=command, failures=failures),
+        "html": lambda: page.render(comparisons, methods.DEFAULT, command=command, failures=failures),
+    }
+    for form, paths in targets.items():
+        for path in paths:
+            try:
+                write_text(path, writers[form]())
+            except OSError as error:
+                raise RecipeError(f"{path}: cannot be written ({error.strerror}); give another file") from error
+    parts = [terminal.table(comparisons, methods.DEFAULT)] if comparisons else []
+    parts += ["\n".join(f"left out: {failure}" for failure in failures)] if failures else []
+    return "\n\n".join(parts) or "nothing to show yet"

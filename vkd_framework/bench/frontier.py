@@ -1,0 +1,161 @@
+"""Where the frontier's points and their labels go: estimates in, SVG coordinates out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vkd_framework.bench.estimates import Comparison, Estimate, Line
+from vkd_framework.bench.layout import written
+from vkd_framework.bench.verdict import FORGET, RECOVERY, RETAIN, WITHOUT_REFERENCE
+from vkd_framework.report.charts import Axis, Tick, nice_ticks
+
+WIDTH, HEIGHT = 380, 300
+LEFT, RIGHT, TOP, BOTTOM = 48, 368, 12, 252
+LETTER, ROW = 6.0, 13.0
+"""Width of a letter and height of a line of a label, in SVG units, a little more than they take."""
+NEAR = 6.0
+"""How far a label stands from its point before a line has to lead to it."""
+OFFSETS = [0.0, *(sign * ROW * step / 2 for step in range(1, 40) for sign in (-1, 1))]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A method's point with its intervals (equal ends where unknown) and the place of its label."""
+
+    label: str
+    style: str
+    x: float
+    y: float
+    x_ends: tuple[float, float]
+    y_ends: tuple[float, float]
+    label_x: float
+    label_y: float
+    anchor: str
+    led: bool
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where a model that no method made lies on one axis: a dashed line with its name."""
+
+    label: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture in a box of `WIDTH` by `HEIGHT`."""
+
+    title: str
+    description: str
+    x_label: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    spots: tuple[Spot, ...]
+    x_level: Level | None
+    y_level: Level | None
+
+
+def plots(comparison: Comparison, method: str) -> list[Plot]:
+    """Retain VQA over Test VQA, and over what the attack brings back; empty where these were not measured."""
+    advantage = all(RECOVERY in line.estimates for line in comparison.lines)
+    recovery = (
+        (RECOVERY, "Advantage over retain-only after the attack, points (less is better)")
+        if advantage
+        else (WITHOUT_REFERENCE, "Gap to vanilla after the attack, points (more is better)")
+    )
+    found = [
+        _plot(comparison, method, FORGET, "Forgetting and keeping", "Test VQA, exact match (less is better)"),
+        _plot(comparison, method, recovery[0], "Standing up to the attack and keeping", recovery[1]),
+    ]
+    return [plot for plot in found if plot is not None]
+
+
+def _plot(comparison: Comparison, method: str, key: str, title: str, x_label: str) -> Plot | None:
+    lines = [line for line in comparison.lines if key in line.estimates and RETAIN in line.estimates]
+    if not lines:
+        return None
+    vanilla, never = (_level(comparison, label, of) for label, of in (("vanilla", RETAIN), ("retain-only", key)))
+    if key == RECOVERY:
+        never = 0.0
+    x = _axis([line.estimates[key] for line in lines], never, LEFT, RIGHT)
+    y = _axis([line.estimates[RETAIN] for line in lines], vanilla, BOTTOM, TOP)
+    x_figure, y_figure = lines[0].estimates[key].figure, lines[0].estimates[RETAIN].figure
+    words = (
+        f"{line.label}: {written(x_figure, line.estimates[key].mean)}, "
+        f"Retain VQA {written(y_figure, line.estimates[RETAIN].mean)}."
+        for line in lines
+    )
+    return Plot(
+        title,
+        f"Retain VQA over {x_label}. {' '.join(words)}",
+        x_label,
+        tuple(Tick(x.place(value), f"{100 * value:g}") for value in nice_ticks(x.low, x.high)),
+        tuple(Tick(y.place(value), f"{100 * value:g} %") for value in nice_ticks(y.low, y.high)),
+        tuple(_spots(lines, key, x, y, method)),
+        None if never is None else Level("never knew", x.place(never)),
+        None if vanilla is None else Level("vanilla", y.place(vanilla)),
+    )
+
+
+def _level(comparison: Comparison, label: str, key: str) -> float | None:
+    return next((line.mean(key) for line in comparison.references if line.label == label), None)
+
+
+def _axis(estimates: Sequence[Estimate], level: float | None, start: float, end: float) -> Axis:
+    """From the lowest to the highest end of an interval, the level included, with some air."""
+    values = [end for estimate in estimates for end in _ends(estimate)]
+    values += [] if level is None else [level]
+    low, high = min(values), max(values)
+    air = 0.08 * max(high - low, 0.05)
+    return Axis(low - air, high + air, start, end)
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    if estimate.low is None or estimate.high is None:
+        return estimate.mean, estimate.mean
+    return estimate.low, estimate.high
+
+
+def _spots(lines: Sequence[Line], key: str, x: Axis, y: Axis, method: str) -> list[Spot]:
+    """Labels beside their points, moved up or down until none covers another or a point."""
+    places = [(x.place(line.estimates[key].mean), y.place(line.estimates[RETAIN].mean)) for line in lines]
+    taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in places]
+    spots = []
+    for line, (px, py) in sorted(zip(lines, places, strict=True), key=lambda item: item[1][1]):
+        width = LETTER * len(line.label)
+        right = px + 8 + width <= RIGHT
+        left = px + 8 if right else px - 8 - width
+        free = [offset for offset in OFFSETS if _free((left, py + offset - ROW / 2, left + width, 0), taken)]
+        offset = free[0] if free else 0.0
+        middle = py + offset
+        taken.append((left, middle - ROW / 2, left + width, middle + ROW / 2))
+        spots.append(
+            Spot(
+                line.label,
+                "own" if line.method == method else "method",
+                px,
+                py,
+                _placed(x, line.estimates[key]),
+                _placed(y, line.estimates[RETAIN]),
+                round(px + 8 if right else px - 8, 2),
+                round(middle + 4, 2),
+                "start" if right else "end",
+                abs(offset) > NEAR,
+            )
+        )
+    return spots
+
+
+def _placed(axis: Axis, estimate: Estimate) -> tuple[float, float]:
+    low, high = _ends(estimate)
+    return axis.place(low), axis.place(high)
+
+
+def _free(box: tuple[float, float, float, float], taken: Sequence[tuple[float, float, float, float]]) -> bool:
+    left, top, right, _ = box
+    bottom = top + ROW
+    if top < TOP - 8 or bottom > BOTTOM:
+        return False
+    return not any(left < x1 and x0 < right and top < y1 and y0 < bottom for x0, y0, x1, y1 in taken)

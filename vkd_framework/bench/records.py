@@ -1,0 +1,155 @@
+"""Finished runs, and runs that are alike but for their seed put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vkd_framework.checkpoint import read_json
+from vkd_framework.errors import RecipeError
+from vkd_framework.report.findings import proof_rows
+from vkd_framework.report.formatting import flatten
+
+METRICS = "metrics.json"
+SHARED_KEYS = ("recipe", "method", "seed", "models", "relearn", "cost")
+"""What of `metrics.json` goes into the JSON file of a comparison."""
+IDENTITY = ("name", "description", "method", "seed")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run: its `metrics.json`, and the settings of its recipe but for name, method and seed."""
+
+    folder: Path
+    metrics: Mapping[str, Any]
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name."""
+        return str(self.metrics.get("recipe"))
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.metrics.get("method"))
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return int(self.metrics.get("seed", 0))
+
+    @cached_property
+    def failed_proofs(self) -> tuple[str, ...]:
+        """Proofs that do not hold; such a result must not be used."""
+        return tuple(proof.title for proof in proof_rows(self.metrics) if proof.status == "FAILED")
+
+    def shared(self) -> dict[str, Any]:
+        """The run as an entry of the JSON file."""
+        return {key: self.metrics.get(key) for key in SHARED_KEYS}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one recipe and method that differ in their seed only. `variant` says what else sets them apart."""
+
+    method: str
+    variant: str
+    records: tuple[Record, ...]
+
+    @property
+    def label(self) -> str:
+        """The method's name, with what sets it apart from other rows of the same method."""
+        return f"{self.method} ({self.variant})" if self.variant else self.method
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, sorted."""
+        return tuple(sorted(record.seed for record in self.records))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Everything that was run of one recipe."""
+
+    recipe: str
+    rows: tuple[Row, ...]
+
+
+def read(folder: Path) -> Record:
+    """A finished run. Raises RecipeError when there is none in the folder."""
+    try:
+        metrics = read_json(folder / METRICS)
+    except FileNotFoundError:
+        raise RecipeError(f"{folder}: holds no finished run (no {METRICS}); go on with it: vkd run --resume") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{folder / METRICS}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("models"), dict) or "method" not in metrics:
+        raise RecipeError(f"{folder / METRICS}: is not the metrics of a run; give folders that `vkd run` has made")
+    return Record(folder, metrics, _settings(folder))
+
+
+def find(places: Iterable[Path]) -> list[Record]:
+    """The finished runs in `places`, each a run folder or a folder of them. Raises RecipeError for one without any."""
+    folders: dict[Path, Path] = {}
+    for place in places:
+        inside = [place] if (place / METRICS).exists() else [path.parent for path in sorted(place.glob(f"*/{METRICS}"))]
+        for folder in inside or [place]:
+            folders.setdefault(folder.resolve(), folder)
+    return [read(folder) for folder in folders.values()]
+
+
+def gather(records: Sequence[Record], order: Sequence[str] = ()) -> list[Group]:
+    """Group and rows, recipes and methods in the order of `order` or else as they come.
+
+    Runs of one method whose recipes differ become rows of their own. Raises RecipeError when two runs are the same.
+    """
+    groups: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        groups.setdefault(record.recipe, {}).setdefault(record.method, []).append(record)
+    rank = {method: index for index, method in enumerate(order)}
+    return [
+        Group(
+            recipe,
+            tuple(
+                row
+                for method in sorted(found, key=lambda method: rank.get(method, len(rank)))
+                for row in _rows(method, found[method])
+            ),
+        )
+        for recipe, found in groups.items()
+    ]
+
+
+def _rows(method: str, records: Sequence[Record]) -> list[Row]:
+    rows: dict[str, dict[int, Record]] = {}
+    for record, variant in zip(records, _variants(records), strict=True):
+        same = rows.setdefault(variant, {})
+        if record.seed in same:
+            raise RecipeError(
+                f"{same[record.seed].folder} and {record.folder}: both are {method} with seed {record.seed} and the "
+                "same settings; give one of them"
+            )
+        same[record.seed] = record
+    return [Row(method, variant, tuple(same[seed] for seed in sorted(same))) for variant, same in rows.items()]
+
+
+def _variants(records: Sequence[Record]) -> list[str]:
+    """For each run, the settings in which the runs differ, as `key=value`; a key that a run does not have is no one."""
+    known = [record.settings for record in records if record.settings]
+    keys = [key for key in (known[0] if known else ()) if all(key in settings for settings in known)]
+    telling = [key for key in keys if len({settings[key] for settings in known}) > 1]
+    return [", ".join(f"{key}={record.settings[key]}" for key in telling if record.settings) for record in records]
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    try:
+        raw = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return dict(flatten({key: value for key, value in raw.items() if key not in IDENTITY})) if raw else {}
