@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vkd_framework.bench.estimates import Comparison, Estimate, Line
 from vkd_framework.bench.layout import written
-from vkd_framework.bench.verdict import FORGET, RECOVERY, RETAIN, WITHOUT_REFERENCE
+from vkd_framework.bench.verdict import FORGET, RECOVERY, RETAIN, WITHOUT_REFERENCE, has_reference
 from vkd_framework.report.charts import Axis, Tick, nice_ticks
 
 WIDTH, HEIGHT = 380, 300
@@ -59,10 +59,9 @@ class Plot:
 
 def plots(comparison: Comparison, method: str) -> list[Plot]:
     """Retain VQA over Test VQA, and over what the attack brings back; empty where these were not measured."""
-    advantage = all(RECOVERY in line.estimates for line in comparison.lines)
     recovery = (
         (RECOVERY, "Advantage over retain-only after the attack, points (less is better)")
-        if advantage
+        if has_reference(comparison)
         else (WITHOUT_REFERENCE, "Gap to vanilla after the attack, points (more is better)")
     )
     found = [

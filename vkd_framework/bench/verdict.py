@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vkd_framework.bench.estimates import Comparison, Line
+from vkd_framework.bench.estimates import Comparison, Line, better
 
 FORGET, RETAIN, RECOVERY = "test_vqa.exact_match", "retain_vqa.exact_match", "relearn.advantage_over_retain_only"
 WITHOUT_REFERENCE = "relearn.average_gap"
 """What stands for recovery when no model that never knew was attacked; there, more is better."""
 AXES = "forget (Test VQA), retain (Retain VQA) and recovery (after the attack)"
+BEATS = "at least as good on all three and better on one"
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,42 @@ def point(line: Line, *, reference: bool) -> tuple[float, float, float] | None:
 
 
 def verdict(comparison: Comparison, method: str) -> list[str]:
-    """What can be said about all three together, about `method` first, in sentences."""
-    reference = all(line.mean(RECOVERY) is not None for line in comparison.lines)
+    """What can be said about all three together, about `method` first, in sentences. The means are compared."""
+    reference = has_reference(comparison)
     found = frontier({line.label: point(line, reference=reference) for line in comparison.lines})
-    sentences = [*_about(comparison.baseline(method), found)]
-    if len(comparison.lines) > 1 and found.best:
+    sentences = []
+    if len(found.best) + len(found.beaten) > 1:
+        sentences = _about(comparison, method, found)
         beaten = [f"{label} (by {_listed(by)})" for label, by in found.beaten.items()]
-        rest = f"; beaten by another: {', '.join(beaten)}" if beaten else ""
-        sentences.append(f"Beaten by no other on {AXES} together: {_listed(found.best)}{rest}.")
+        rest = f"; beaten: {', '.join(beaten)}" if beaten else ""
+        sentences.append(f"Beaten by no other: {_listed(found.best)}{rest}.")
     if found.unknown:
-        sentences.append(f"Not measured on all three, and left out here: {_listed(found.unknown)}.")
+        sentences.append(f"Not measured on all three, and not compared: {_listed(found.unknown)}.")
     return sentences
 
 
-def _about(line: Line | None, found: Frontier) -> list[str]:
-    if line is None or line.label in found.unknown or len(found.best) + len(found.beaten) < 2:
+def has_reference(comparison: Comparison) -> bool:
+    """Whether every line was attacked beside a model that never knew."""
+    return all(RECOVERY in line.estimates for line in comparison.lines)
+
+
+def _about(comparison: Comparison, method: str, found: Frontier) -> list[str]:
+    line = comparison.baseline(method)
+    if line is None or line.label in found.unknown:
         return []
-    if by := found.beaten.get(line.label):
-        verb = "is" if len(by) == 1 else "are"
-        return [f"{_listed(by)} {verb} at least as good as {line.label} on {AXES} together, and better on one of them."]
-    return [f"No other method is at least as good as {line.label} on {AXES} together."]
+    by = found.beaten.get(line.label)
+    if not by:
+        return [f"No other method beats {line.label} on {AXES} together ({BEATS})."]
+    clear = [other.label for other in comparison.lines if other.label in by and _clearly(other, line, comparison)]
+    noise = "" if clear else "; all of it within the intervals"
+    verb = "beats" if len(by) == 1 else "beat"
+    return [f"{_listed(by)} {verb} {line.label} on {AXES} together ({BEATS}{noise})."]
+
+
+def _clearly(one: Line, other: Line, comparison: Comparison) -> bool:
+    """Whether an interval of `one` lies wholly on the better side of that of `other`, on one of the three."""
+    axes = (FORGET, RETAIN, RECOVERY if has_reference(comparison) else WITHOUT_REFERENCE)
+    return any(better(one.estimates[key], other.estimates[key]) == "**" for key in axes)
 
 
 def _listed(names: Sequence[str]) -> str:
