@@ -14,9 +14,10 @@ WIDTH, HEIGHT = 380, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 368, 12, 252
 LETTER, ROW = 6.0, 13.0
 """Width of a letter and height of a line of a label, in SVG units, a little more than they take."""
-NEAR = 6.0
-"""How far a label stands from its point before a line has to lead to it."""
-OFFSETS = [0.0, *(sign * ROW * step / 2 for step in range(1, 40) for sign in (-1, 1))]
+NEAR = 12.0
+"""How far a label stands above or below its point before a line has to lead to it."""
+OFFSETS = [sign * (9.0 + ROW * step / 2) for step in range(40) for sign in (-1, 1)]
+"""Where a label may stand, best first: never on a level with its point, where the interval is."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Plot:
 def plots(comparison: Comparison, method: str) -> list[Plot]:
     """Retain VQA over Test VQA, and over what the attack brings back; empty where these were not measured."""
     recovery = (
-        (RECOVERY, "Advantage over retain-only after the attack, points (less is better)")
+        (RECOVERY, "Advantage over retain-only, points (less is better)")
         if has_reference(comparison)
-        else (WITHOUT_REFERENCE, "Gap to vanilla after the attack, points (more is better)")
+        else (WITHOUT_REFERENCE, "Gap to vanilla, points (more is better)")
     )
     found = [
         _plot(comparison, method, FORGET, "Forgetting and keeping", "Test VQA, exact match (less is better)"),

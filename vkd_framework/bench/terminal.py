@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from vkd_framework.bench.estimates import Comparison, Line
@@ -51,7 +52,8 @@ def _recipe(comparison: Comparison, method: str) -> str:
         )
         for row in rows
     ]
-    return "\n".join([comparison.recipe, *(line.rstrip() for line in body), *verdict(comparison, method)])
+    sentences = [textwrap.fill(sentence, WIDTH) for sentence in verdict(comparison, method)]
+    return "\n".join([comparison.recipe, *(line.rstrip() for line in body), *sentences])
 
 
 def _seeds(line: Line) -> str:

@@ -58,7 +58,7 @@ def verdict(comparison: Comparison, method: str) -> list[str]:
     sentences = []
     if len(found.best) + len(found.beaten) > 1:
         sentences = _about(comparison, method, found)
-        beaten = [f"{label} (by {_listed(by)})" for label, by in found.beaten.items()]
+        beaten = [f"{label} (by {_listed([b for b in by if b in found.best])})" for label, by in found.beaten.items()]
         rest = f"; beaten: {', '.join(beaten)}" if beaten else ""
         sentences.append(f"Beaten by no other: {_listed(found.best)}{rest}.")
     if found.unknown:

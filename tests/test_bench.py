@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from vkd_framework.bench import export, frontier, page, terminal
+from vkd_framework.bench.estimates import Comparison, compare, estimate
+from vkd_framework.bench.figures import Figure, Value, figures
+from vkd_framework.bench.layout import caption, cell, sections
+from vkd_framework.bench.records import Record, find, gather
+from vkd_framework.bench.verdict import dominates, verdict
+from vkd_framework.bench.verdict import frontier as frontier_of
+from vkd_framework.checkpoint import write_json
+from vkd_framework.cli import main
+from vkd_framework.errors import RecipeError
+from vkd_framework.intervals import student, student_quantile, wilson
+
+SHARE = Figure("retain_vqa.exact_match", "Retain VQA", "share", "higher")
+STEPS = (10, 30)
+
+
+def measured(share: float, n: int = 160) -> dict[str, Any]:
+    low, high = wilson(share * n, n)
+    figures = {"exact_match": share, "choice_accuracy": share, "rouge_l": share, "answer_probability": share}
+    return {**figures, "n": n, "interval_95": [low, high]}
+
+
+def columns(test: float, retain: float) -> dict[str, Any]:
+    same = {"realworld_vqa": 0.65, "forget_visible_vqa": 0.9, "forget_qa": 1.0, "retain_qa": 1.0}
+    shares = {"forget_vqa": test, "test_vqa": test, "retain_vqa": retain, **same}
+    return {name: measured(share) for name, share in shares.items()}
+
+
+def made(
+    method: str,
+    seed: int = 0,
+    *,
+    test: float = 0.05,
+    retain: float = 0.9,
+    attacked: Sequence[float] = (0.3, 0.6),
+    never: Sequence[float] | None = (0.2, 0.4),
+    recipe: str = "small",
+    proofs: dict[str, Any] | None = None,
+    seconds: float = 60.0,
+) -> dict[str, Any]:
+    """What a run would write into metrics.json."""
+    scores = {"unlearned": (test, *attacked), **({"retain_only": (0.03, *never)} if never else {})}
+    curves = [
+        {"model": model, "scope": scope, "share": 1.0, "pairs": 8, "seed": 0, "steps": [0, *STEPS], "exact_match": y}
+        for model, y in scores.items()
+        for scope in ("visual", "full")
+    ]
+    ahead = [a - b for a, b in zip(attacked, never, strict=True)] if never else []
+    return {
+        "schema": 1,
+        "recipe": recipe,
+        "adapter": "qwen_vl",
+        "method": method,
+        "seed": seed,
+        "models": {
+            "vanilla": columns(1.0, 0.95),
+            "unlearned": columns(test, retain),
+            **({"retain_only": columns(0.03, 0.93)} if never else {}),
+        },
+        "proofs": proofs if proofs is not None else {"text_only_max_logit_difference": 0.0},
+        "relearn": {
+            "average_recovery": sum(attacked) / len(attacked) - test,
+            "average_gap": 1.0 - sum(attacked) / len(attacked),
+            "advantage_over_retain_only": sum(ahead) / len(ahead) if ahead else None,
+            "curves": curves,
+        },
+        "cost": {
+            "unlearn_seconds": seconds,
+            "total_seconds": 4 * seconds,
+            "peak_memory_bytes": 2**30,
+            "trainable_parameters": 514_112,
+            "total_parameters": 1_100_000,
+        },
+    }
+
+
+def compared(*metrics: dict[str, Any]) -> Comparison:
+    (group,) = gather([Record(Path(f"run{index}"), one) for index, one in enumerate(metrics)])
+    return compare(group)
+
+
+def values(*numbers: float, interval: tuple[float, float] | None = None, figure: Figure = SHARE) -> list[Value]:
+    return [Value(figure, number, interval) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (9, 2.2622), (10, 2.2281), (30, 2.0423), (120, 1.9799)]
+)
+def test_students_quantiles_have_their_published_values(freedom: int, quantile: float) -> None:
+    assert student_quantile(freedom) == pytest.approx(quantile, abs=1e-3)
+
+
+def test_an_interval_over_seeds_is_students() -> None:
+    assert student([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    found = estimate(values(0.90, 0.92, 0.94))
+    assert found.mean == pytest.approx(0.92)
+    assert (found.low, found.high) == pytest.approx(
+        (0.92 - 4.3027 * 0.02 / 3**0.5, 0.92 + 4.3027 * 0.02 / 3**0.5), abs=1e-4
+    )
+    assert (found.seeds, found.source) == (3, "seeds")
+
+
+def test_an_interval_over_seeds_stays_among_possible_values() -> None:
+    found = estimate(values(0.0, 0.1))
+    assert found.low == 0.0 and found.high == pytest.approx(0.05 + 12.706 * 0.05, abs=1e-3)
+    above = estimate(values(0.0, 900.0, figure=Figure("cost.x", "x", "seconds", "lower")))
+    assert above.low == 0.0 and above.high is not None and above.high > 900
+
+
+def test_one_seed_or_seeds_that_agree_exactly_have_the_interval_of_the_questions() -> None:
+    for numbers in ((0.0,), (0.0, 0.0, 0.0)):
+        found = estimate(values(*numbers, interval=(0.0, 0.02)))
+        assert (found.mean, found.low, found.high, found.source) == (0.0, 0.0, 0.02, "questions")
+
+
+def test_a_figure_without_any_interval_says_so() -> None:
+    found = estimate(values(0.4))
+    assert (found.low, found.high, found.source) == (None, None, "none")
+
+
+def test_the_text_only_difference_is_the_largest_of_all_seeds() -> None:
+    line = compared(made("a", 0), made("a", 1, proofs={"text_only_max_logit_difference": 0.5})).lines[0]
+    assert line.estimates["proofs.text_only_max_logit_difference"].mean == 0.5
+
+
+def test_the_attack_is_told_for_each_scope_step_and_pool_over_shares_and_attackers() -> None:
+    metrics = made("a")
+    curve = metrics["relearn"]["curves"][0]
+    metrics["relearn"]["curves"] += [
+        {**curve, "share": 0.05, "exact_match": [0.05, 0.1, 0.2]},
+        {**curve, "pool": "new", "exact_match": [0.05, 0.8, 0.9]},
+    ]
+    found = figures(metrics)
+    assert found["attacked.visual.known.10"].value == pytest.approx((0.3 + 0.1) / 2)
+    assert found["attacked.full.known.10"].value == pytest.approx(0.3)
+    assert found["attacked.visual.new.30"].value == pytest.approx(0.9)
+    assert found["advantage.visual.known.30"].value == pytest.approx(0.6 - 0.4), "the share only one was attacked with"
+    assert "advantage.visual.new.30" not in found
+    assert figures(metrics, "retain_only")["attacked.full.known.30"].value == pytest.approx(0.4)
+
+
+def test_less_is_better_only_where_the_forgotten_are_asked_who_they_are() -> None:
+    better = {key: value.figure.better for key, value in figures(made("a")).items()}
+    assert better["test_vqa.exact_match"] == better["forget_vqa.choice_accuracy"] == "lower"
+    assert better["forget_visible_vqa.exact_match"] == better["forget_qa.exact_match"] == "higher"
+    assert better["attacked.visual.known.10"] == better["cost.unlearn_seconds"] == "lower"
+    assert better["relearn.average_gap"] == "higher"
+    assert better["cost.total_parameters"] == "neither"
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_row_and_others_are_told_apart(tmp_path: Path) -> None:
+    for name, seed, steps in (("a", 0, 300), ("b", 1, 300), ("c", 0, 600)):
+        write_json(tmp_path / name / "metrics.json", made("vkd", seed))
+        recipe = {"name": name, "method": "vkd", "seed": seed, "unlearn": {"steps": steps}, "layers": ["projector"]}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (group,) = gather(find([tmp_path]))
+    assert [(row.label, row.seeds) for row in group.rows] == [
+        ("vkd (unlearn.steps=300)", (0, 1)),
+        ("vkd (unlearn.steps=600)", (0,)),
+    ]
+
+
+def test_the_same_run_twice_is_refused_and_the_same_folder_twice_is_one() -> None:
+    with pytest.raises(RecipeError, match=r"one and two: both are vkd with seed 0 .* give one of them"):
+        gather([Record(Path("one"), made("vkd")), Record(Path("two"), made("vkd"))])
+
+
+def test_recipes_keep_to_themselves_and_methods_have_the_given_order() -> None:
+    records = [Record(Path("r"), made(m, recipe=r)) for r in ("x", "y") for m in ("theirs", "vkd_paper", "vkd")]
+    groups = gather(records, ["vkd", "vkd_paper"])
+    assert [group.recipe for group in groups] == ["x", "y"]
+    assert [row.label for row in groups[0].rows] == ["vkd", "vkd_paper", "theirs"]
+
+
+def test_a_reference_counts_once_however_many_runs_repeat_it() -> None:
+    comparison = compared(made("vkd", 0), made("vkd", 1, test=0.1), made("npo", 0))
+    vanilla, never = comparison.references
+    assert (vanilla.label, never.label) == ("vanilla", "retain-only")
+    found = never.estimates["test_vqa.exact_match"]
+    assert (found.mean, found.source, found.seeds) == (0.03, "questions", 1)
+    assert "cost.unlearn_seconds" not in vanilla.estimates
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ((1, 1, 1), (1, 1, 0), True),
+        ((1, 1, 1), (1, 1, 1), False),
+        ((2, 2, 0), (1, 1, 1), False),
+        ((0, 0, 0), (1, 1, 1), False),
+    ],
+)
+def test_a_point_dominates_when_it_is_nowhere_worse_and_somewhere_better(
+    one: tuple[float, ...], other: tuple[float, ...], expected: bool
+) -> None:
+    assert dominates(one, other) is expected
+
+
+def test_the_frontier_is_what_no_other_point_dominates() -> None:
+    points = {"a": (2, 2, 2), "b": (3, 1, 1), "c": (1, 1, 1), "d": (2, 2, 1), "e": None}
+    found = frontier_of(points)
+    assert found.best == ("a", "b")
+    assert found.beaten == {"c": ("a", "b", "d"), "d": ("a",)}
+    assert found.unknown == ("e",)
+
+
+def test_the_verdict_names_who_beats_the_baseline_on_all_three() -> None:
+    text = " ".join(verdict(compared(made("vkd"), made("npo", test=0.0, attacked=(0.1, 0.1))), "vkd"))
+    assert text.startswith("npo beats vkd on forget")
+    assert "within the intervals" not in text
+    assert "Beaten by no other: npo; beaten: vkd (by npo)." in text
+
+
+def test_the_verdict_says_when_the_intervals_meet() -> None:
+    text = " ".join(verdict(compared(made("vkd"), made("npo", retain=0.906)), "vkd"))
+    assert "npo beats vkd" in text and "all of it within the intervals" in text
+
+
+def test_the_verdict_says_when_nobody_beats_the_baseline() -> None:
+    better_at_two = made("npo", test=0.0, retain=0.5, attacked=(0.1, 0.1))
+    text = " ".join(verdict(compared(made("vkd"), better_at_two, made("same")), "vkd"))
+    assert text.startswith("No other method beats vkd")
+    assert "Beaten by no other: vkd, npo and same." in text
+
+
+def test_without_a_reference_the_gap_to_vanilla_stands_for_recovery() -> None:
+    a, b = made("vkd", never=None), made("npo", never=None, attacked=(0.2, 0.2))
+    assert "npo beats vkd" in verdict(compared(a, b), "vkd")[0]
+    assert "Advantage" not in terminal.table([compared(a, b)], "vkd")
+
+
+def test_a_method_that_was_not_attacked_is_not_compared() -> None:
+    bare = made("npo")
+    bare["relearn"] = {}
+    sentences = verdict(compared(made("vkd"), made("ga"), bare), "vkd")
+    assert sentences[-1] == "Not measured on all three, and not compared: npo."
+
+
+def test_one_method_alone_is_not_told_to_be_the_best() -> None:
+    assert verdict(compared(made("vkd")), "vkd") == []
+
+
+def test_a_figure_better_than_the_baselines_is_marked() -> None:
+    comparison = compared(made("vkd"), made("npo", test=0.04, retain=0.5, attacked=(0.0, 0.0)))
+    vkd, npo = comparison.lines
+    assert cell(npo, "test_vqa.exact_match", vkd).endswith("\N{NO-BREAK SPACE}*")
+    assert cell(npo, "attacked.visual.known.30", vkd).endswith("**")
+    for line, key in ((npo, "retain_vqa.exact_match"), (npo, "forget_qa.exact_match"), (vkd, "test_vqa.exact_match")):
+        assert "*" not in cell(line, key, vkd)
+    assert all("*" not in cell(line, key, vkd) for line in comparison.references for key in line.estimates)
+
+
+@pytest.mark.parametrize(("seeds", "words"), [((0,), "not over seeds"), ((0, 1), "Student's")])
+def test_the_caption_says_what_the_intervals_are_over(seeds: tuple[int, ...], words: str) -> None:
+    comparison = compared(*(made("vkd", seed, test=0.05 + seed / 100) for seed in seeds))
+    assert words in caption([comparison], "vkd")
+
+
+METHODS = ("vkd", "vkd_paper", "ga", "ga_diff", "kl_min", "npo", "a_method_of_a_very_long_name_xy")
+MANY = [
+    made(name, seed, test=(2 * i + seed) / 100, retain=0.95 - i / 25 + seed / 200, attacked=(i / 10, i / 8))
+    for i, name in enumerate(METHODS)
+    for seed in (0, 1, 2)
+]
+
+
+def test_the_terminal_table_fits_120_columns_and_has_a_line_for_everybody() -> None:
+    text = terminal.table([compared(*MANY)], "vkd")
+    table = [
+        line for line in text.splitlines() if re.match(r"(per cent|vanilla|retain-only|vkd|ga|kl_min|npo|a_meth)", line)
+    ]
+    assert len(table) >= 10
+    assert max(map(len, table)) <= 120
+    assert "5.0 (2.5 to 7.5)" in text
+
+
+def test_markdown_holds_the_command_and_every_method() -> None:
+    text = export.markdown([compared(*MANY)], "vkd", command="vkd bench small --seeds 0,1,2", failures=["x: broke | y"])
+    assert "```\nvkd bench small --seeds 0,1,2\n```" in text
+    assert r"broke \| y" in text
+    for title in ("Answers", "After the relearning attack", "Advantage over a model that never knew", "Text and cost"):
+        assert f"### {title}" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({re.sub(r"\\\|", "", line).count("|") for line in table.splitlines()}) == 1
+    assert text.count("| kl\\_min | 0, 1, 2 |") == 4
+
+
+def test_csv_gives_every_figure_back_exactly() -> None:
+    comparison = compared(*MANY)
+    rows = list(csv.DictReader(io.StringIO(export.csv_text([comparison]))))
+    assert len(rows) == sum(len(line.estimates) for line in (*comparison.references, *comparison.lines))
+    found = {(row["row"], row["figure"]): row for row in rows}
+    for line in comparison.lines:
+        for key, expected in line.estimates.items():
+            row = found[line.label, key]
+            assert float(row["mean"]) == expected.mean
+            assert (row["low"], row["high"]) == tuple(
+                "" if b is None else repr(float(b)) for b in (expected.low, expected.high)
+            )
+            assert int(row["seeds"]) == expected.seeds == 3
+            assert row["interval"] == expected.source
+
+
+def test_json_holds_the_runs_as_in_their_metrics() -> None:
+    found = json.loads(export.json_text([Record(Path("a"), one) for one in MANY]))
+    keys = ["recipe", "method", "seed", "models", "relearn", "cost"]
+    assert found == json.loads(json.dumps([{key: one[key] for key in keys} for one in MANY]))
+
+
+def test_the_page_asks_for_nothing_and_escapes_names() -> None:
+    text = page.render([compared(*MANY, made("<b>x</b>"))], "vkd", command="vkd compare <a>")
+    assert "default-src 'none'" in text
+    assert "<b>x</b>" not in text and "&lt;b&gt;x&lt;/b&gt;" in text
+    assert "vkd compare &lt;a&gt;" in text
+    assert not re.search(r"(src|href)=\"(?!#)", text) and "url(" not in text and "@import" not in text
+    assert text.count("<svg") == 2
+
+
+def test_labels_of_the_frontier_cover_neither_each_other_nor_a_point() -> None:
+    for plot in frontier.plots(compared(*MANY), "vkd"):
+        boxes = []
+        for spot in plot.spots:
+            width = frontier.LETTER * len(spot.label)
+            left = spot.label_x if spot.anchor == "start" else spot.label_x - width
+            boxes.append((left, left + width, spot.label_y - 4 - 6, spot.label_y - 4 + 6))
+            assert frontier.LEFT <= spot.x <= frontier.RIGHT and frontier.TOP <= spot.y <= frontier.BOTTOM
+            assert spot.x_ends[0] <= spot.x <= spot.x_ends[1] and spot.y_ends[0] >= spot.y >= spot.y_ends[1]
+        for index, (a, b, c, d) in enumerate(boxes):
+            assert not any(a < f and e < b and c < h and g < d for e, f, g, h in boxes[:index])
+            assert not any(a < s.x < b and c < s.y < d for s in plot.spots)
+
+
+def test_methods_on_the_same_spot_are_still_readable() -> None:
+    plot = frontier.plots(compared(*(made(name) for name in ("vkd", "npo", "ga"))), "vkd")[0]
+    assert len({spot.label_y for spot in plot.spots}) == 3
+    assert sum(spot.led for spot in plot.spots) == 1, "one above, one below, one led to"
+
+
+def test_figures_that_were_not_measured_leave_no_column() -> None:
+    bare = made("vkd", never=None, proofs={})
+    bare["relearn"], bare["cost"] = {}, {}
+    assert [section.title for section in sections(compared(bare))] == ["Answers"]
+
+
+def run_folders(folder: Path, *metrics: dict[str, Any]) -> list[str]:
+    for index, one in enumerate(metrics):
+        write_json(folder / f"run{index}" / "metrics.json", one)
+    return [str(folder / f"run{index}") for index in range(len(metrics))]
+
+
+def vkd(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_compare_shows_the_runs_of_other_people_and_writes_what_is_asked_for(tmp_path: Path) -> None:
+    runs = run_folders(tmp_path / "theirs", made("vkd"), made("their_method", 7))
+    files = {form: tmp_path / "out" / f"x.{form}" for form in ("html", "markdown", "csv", "json")}
+    done = vkd("compare", *runs, *(word for form, path in files.items() for word in (f"--{form}", str(path))))
+    assert done.exit_code == 0, done.output
+    assert "their_method" in done.stdout
+    assert all(path.stat().st_size > 500 for path in files.values())
+    assert f"vkd compare {runs[0]} {runs[1]}" in files["markdown"].read_text()
+    assert [one["method"] for one in json.loads(files["json"].read_text())] == ["vkd", "their_method"]
+    assert vkd("compare", str(tmp_path / "theirs")).stdout == done.stdout
+
+
+def test_compare_leaves_out_a_run_whose_proof_failed_and_says_so(tmp_path: Path) -> None:
+    runs = run_folders(tmp_path, made("vkd"), made("broken", proofs={"frozen_parameters_identical": False}))
+    target = tmp_path / "x.json"
+    done = vkd("compare", *runs, "--json", str(target))
+    assert "left out: run1: proof failed: Frozen parameters are untouched" in done.stdout
+    assert [one["method"] for one in json.loads(target.read_text())] == ["vkd"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "fragment"),
+    [(None, "holds no finished run"), ("{", "cannot be read"), ("[]", "is not the metrics of a run")],
+)
+def test_compare_refuses_what_is_no_run_in_one_line(tmp_path: Path, contents: str | None, fragment: str) -> None:
+    if contents is not None:
+        (tmp_path / "metrics.json").write_text(contents)
+    done = vkd("compare", str(tmp_path))
+    assert done.exit_code == 2, done.exception
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert fragment in done.stderr and str(tmp_path) in done.stderr
+
+
+def test_compare_needs_no_torch() -> None:
+    check = (
+        "import sys; from vkd_framework.bench import command; assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
