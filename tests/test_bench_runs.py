@@ -19,12 +19,17 @@ from click.testing import CliRunner, Result
 from conftest import CAST
 from filelock import FileLock
 
-from vkd_framework import cli
+from vkd_framework import cli, methods
 from vkd_framework.bench import loop
 from vkd_framework.bench.cells import Cell, plan
-from vkd_framework.cache import CACHE_VARIABLE
+from vkd_framework.cache import CACHE_VARIABLE, cache_folder
 from vkd_framework.checkpoint import read_json
+from vkd_framework.errors import RecipeError
+from vkd_framework.methods import Method
+from vkd_framework.plugins import load_adapter
 from vkd_framework.recipe import load_recipe
+from vkd_framework.run import Run
+from vkd_framework.types import Splits
 
 RECIPE = {
     "name": "small",
@@ -50,11 +55,7 @@ class Bench:
     done: Result
 
     def again(self, out: Path, *more: str) -> Result:
-        return vkd(*self.words(out), *more)
-
-    def words(self, out: Path) -> list[str]:
-        choice = ["--methods", "vkd,vkd_paper", "--seeds", "0,1", "--set", "mask.pairs=4"]
-        return ["bench", self.recipe, *choice, "--out", str(out)]
+        return vkd(*words(self.recipe, out), *more)
 
     def copy(self, target: Path) -> Path:
         shutil.copytree(self.out, target)
@@ -62,6 +63,11 @@ class Bench:
 
     def cells(self, out: Path) -> list[Cell]:
         return plan([self.recipe], ["vkd", "vkd_paper"], [0, 1], ["mask.pairs=4"], out, print)
+
+
+def words(recipe: str, out: Path) -> list[str]:
+    choice = ["--methods", "vkd,vkd_paper", "--seeds", "0,1", "--set", "mask.pairs=4"]
+    return ["bench", recipe, *choice, "--out", str(out)]
 
 
 def vkd(*arguments: str) -> Result:
@@ -75,8 +81,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     path.write_text(yaml.safe_dump(RECIPE))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(base / "cache"))
-        made = Bench(str(path), base / "out", base, Result(CliRunner(), b"", b"", b"", None, 0, None))
-        yield Bench(made.recipe, made.out, base, made.again(made.out))
+        yield Bench(str(path), base / "out", base, vkd(*words(str(path), base / "out")))
 
 
 def stages(out: Path, cell: str) -> dict[str, float]:
@@ -109,8 +114,9 @@ def test_the_folder_holds_the_comparison_in_every_format(bench: Bench, tmp_path:
         metrics = read_json(bench.out / cell / "metrics.json")
         assert one == {key: metrics[key] for key in ("recipe", "method", "seed", "models", "relearn", "cost")}
     command = re.findall(r"^```\n(vkd bench .*)\n```$", (bench.out / "table.md").read_text(), flags=re.MULTILINE)
-    words = shlex.split(command[0])
-    assert words == ["vkd", *bench.words(bench.out)[:-2]], "the command without the place of its files"
+    assert shlex.split(command[0]) == ["vkd", *words(bench.recipe, bench.out)[:-2]], (
+        "the command without the place of its files"
+    )
     for name in ("table.csv", "table.html"):
         assert (bench.out / name).stat().st_size > 1000
     target = tmp_path / "compared.csv"
@@ -128,12 +134,17 @@ def test_what_does_not_depend_on_the_method_is_measured_once(bench: Bench) -> No
     assert kept == shared
 
 
-def test_another_evaluation_is_measured_anew(bench: Bench, tmp_path: Path) -> None:
-    done = bench.again(tmp_path / "out", "--set", "evaluate.max_new_tokens=4", "--methods", "vkd", "--seeds", "0")
-    assert done.exit_code == 0, done.output
-    first, other = stages(bench.out, CELLS[0]), stages(tmp_path / "out", CELLS[0])
-    assert first["evaluate-vanilla"] != other["evaluate-vanilla"]
-    assert first["relearn-retain_only-visual-1-0"] != other["relearn-retain_only-visual-1-0"]
+def test_what_was_measured_is_read_only_for_the_same_model_data_and_measurement(tmp_path: Path) -> None:
+    def place(*overrides: str, source: str = "taught") -> Path | None:
+        recipe = load_recipe("qwen2vl_celeb", overrides)
+        run = Run(recipe, load_adapter("qwen_vl"), Splits((), (), {}, (), ()), tmp_path, "")
+        return run._shared(str(cache_folder() / source / "0123"))
+
+    settings = ("method=vkd_paper", "seed=7", "unlearn.steps=1", "layers=[projector]", "losses.repel.weight=0")
+    assert place() == place(*settings)
+    for other in ("evaluate.max_new_tokens=4", "relearn.learning_rate=1e-3", "data.people=33", "model.dtype=bfloat16"):
+        assert place(other) != place()
+    assert place(source="elsewhere") is None
 
 
 def test_finished_cells_are_only_read(bench: Bench) -> None:
@@ -188,8 +199,6 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_is_told_in_one_line(benc
         [CELLS[0], "failed:"],
         *([cell, "done"] for cell in CELLS[1:]),
     ]
-    shutil.rmtree(out / CELLS[0])
-    assert bench.again(out).exit_code == 0
 
 
 def test_a_run_whose_proof_failed_is_a_failed_cell(bench: Bench, tmp_path: Path) -> None:
@@ -221,13 +230,18 @@ def test_a_list_of_what_was_not_begun_writes_nothing(bench: Bench, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_methods_all_that_the_recipe_can_be_run_with_are_taken(bench: Bench, tmp_path: Path) -> None:
+def test_without_methods_all_that_the_recipe_can_be_run_with_are_taken(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picky = Method("needs what no recipe has", "", {"mask": {"kind": "salun", "threshold": 1.0}})
+    monkeypatch.setitem(methods.METHODS, "picky", picky)
     said: list[str] = []
-    found = plan([bench.recipe], None, [3], ["mask.threshold=2.0", "mask.density=null"], tmp_path, said.append)
-    assert "vkd" in {cell.method for cell in found}
-    said.clear()
-    found = plan([bench.recipe], None, [3], ["mask={kind: salun, threshold: 1.0}"][:0], tmp_path, said.append)
-    assert {"vkd", "vkd_paper"} <= {cell.method for cell in found} and {cell.seed for cell in found} == {3}
+    found = plan([bench.recipe], None, [3], [], tmp_path, said.append)
+    assert [cell.method for cell in found] == [name for name in methods.METHODS if name != "picky"]
+    assert {cell.seed for cell in found} == {3}
+    assert len(said) == 1 and said[0].startswith("method picky is left out: ")
+    with pytest.raises(RecipeError, match="threshold"):
+        plan([bench.recipe], ["picky"], [3], [], tmp_path, said.append)
 
 
 WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {

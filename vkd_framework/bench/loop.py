@@ -22,6 +22,7 @@ from vkd_framework.checkpoint import write_text
 from vkd_framework.errors import VKDError
 from vkd_framework.progress import say
 
+PRELOADED = [__name__, "transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto"]
 Outcome = Literal["done", "failed", "busy", "stopped"]
 
 
@@ -48,8 +49,8 @@ def work(cells: Sequence[Cell]) -> None:
 
 
 def _in_a_process(cell: Cell) -> tuple[Outcome, str]:
-    # A fork server imports torch once, and each cell starts from there with memory and a peak of its own.
-    multiprocessing.set_forkserver_preload([__name__])
+    # A fork server imports what all need once, and each cell starts from there with memory and a peak of its own.
+    multiprocessing.set_forkserver_preload(PRELOADED)
     context = (
         multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
     )
