@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,34 @@ def test_cost_is_summed_by_the_beginning_of_the_name_and_survives_the_process(tm
     assert later.seconds("teach") >= 0.04
     assert later.seconds() == pytest.approx(later.seconds("teach") + later.seconds("mask"))
     assert later.peak_memory() == 5
+
+
+def test_a_shared_stage_is_done_once_and_counts_as_long_as_it_took_there(tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def work() -> str:
+        done.append(1)
+        time.sleep(0.02)
+        return "measured"
+
+    first, second = stages_in(tmp_path / "a", memory=9), stages_in(tmp_path / "b", memory=3)
+    assert first.run("evaluate", work, shared=tmp_path / "cache") == "measured"
+    assert second.run("evaluate", work, shared=tmp_path / "cache") == "measured"
+    assert len(done) == 1
+    assert second.seconds() == first.seconds() >= 0.02
+    assert second.peak_memory() == 3, "memory is the process's own"
+    shutil.rmtree(tmp_path / "cache")
+    assert second.run("evaluate", work, shared=tmp_path / "cache") == "measured"
+    assert len(done) == 1, "a run keeps its own copy"
+
+
+def test_a_shared_stage_that_failed_is_not_kept(tmp_path: Path) -> None:
+    def broken() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stages_in(tmp_path / "a").run("evaluate", broken, shared=tmp_path / "cache")
+    assert stages_in(tmp_path / "b").run("evaluate", lambda: 3, shared=tmp_path / "cache") == 3
 
 
 def test_training_goes_on_from_a_saved_state_as_if_it_had_never_stopped(tmp_path: Path) -> None:

@@ -74,9 +74,41 @@ SET = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a setting, for example --set seed=1. Repeatable.",
+    help="Change a setting, for example --set unlearn.steps=100. Repeatable.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    """The parts of a list with commas."""
+    if value is None:
+        return None
+    if not (parts := [part.strip() for part in value.split(",") if part.strip()]):
+        raise click.BadParameter(f"{value!r} names nothing; write it as a,b", ctx, parameter)
+    return parts
+
+
+def seeds_of(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    """The whole numbers of a list with commas."""
+    parts = names(ctx, parameter, value) or []
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of whole numbers; write it as 0,1,2", ctx, parameter)
+    return [int(part) for part in parts]
+
+
+def compared(command: Callable[..., None]) -> Callable[..., None]:
+    """The files into which a comparison can be written."""
+    for form, words in (
+        ("html", "the comparison, its frontier drawn, as a page"),
+        ("markdown", "the comparison as Markdown, with the command above it,"),
+        ("csv", "every figure with its interval as CSV"),
+        ("json", "the runs as a list of {recipe, method, seed, models, relearn, cost}"),
+    ):
+        option = click.option(
+            f"--{form}", form, type=click.Path(path_type=Path, dir_okay=False), help=f"Write {words} to this file."
+        )
+        command = option(command)
+    return command
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -111,87 +143,6 @@ def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool,
     metrics, folder = runs.run(recipe, overrides, out=out, resume=resume)
     click.echo(terminal_table(metrics))
     click.echo(f"\nreport: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
-
-
-def names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
-    """The parts of a list with commas."""
-    if value is None:
-        return None
-    if not (parts := [part.strip() for part in value.split(",") if part.strip()]):
-        raise click.BadParameter(f"{value!r} names nothing; write it as a,b", ctx, parameter)
-    return parts
-
-
-def seeds_of(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    """The whole numbers of a list with commas."""
-    parts = names(ctx, parameter, value) or []
-    if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"{value!r} is no list of whole numbers; write it as 0,1,2", ctx, parameter)
-    return [int(part) for part in parts]
-
-
-def compared(command: Callable[..., None]) -> Callable[..., None]:
-    """The files into which a comparison can be written."""
-    for form, words in (
-        ("html", "the comparison as a page with its frontier drawn"),
-        ("markdown", "the comparison as Markdown, the command above it"),
-        ("csv", "every figure with its interval as CSV"),
-        ("json", "the runs as a list of {recipe, method, seed, models, relearn, cost}"),
-    ):
-        option = click.option(
-            f"--{form}", form, type=click.Path(path_type=Path, dir_okay=False), help=f"Write {words} to this file."
-        )
-        command = option(command)
-    return command
-
-
-@main.command()
-@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
-@click.option("--methods", callback=names, help="Methods, with commas. Default: all that the recipe can be run with.")
-@click.option("--seeds", callback=seeds_of, default="0,1,2", show_default=True, help="Seeds, with commas.")
-@SET
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of all runs; give it again to go on. Default: runs/bench-<time>.",
-)
-@compared
-@click.option("--list", "only_list", is_flag=True, help="Show the cells and how far each is; run nothing.")
-def bench(
-    recipes: tuple[str, ...],
-    methods: list[str] | None,
-    seeds: list[int],
-    overrides: tuple[str, ...],
-    out: Path | None,
-    only_list: bool,
-    **targets: Path | None,
-) -> None:
-    """Run every RECIPE with every method and seed, and show all of them in one table.
-
-    Each cell is an ordinary run in OUT/<recipe>-<method>-<seed>. The same command with the same --out goes on where it
-    was stopped, and several may work on one --out together. A cell that fails does not stop the others; exit status 1
-    when one did.
-    """
-    with quick_imports():
-        from vkd_framework.bench import command
-
-    unfinished = command.bench(recipes, methods, seeds, overrides, out, targets, only_list=only_list, echo=click.echo)
-    if unfinished:
-        sys.exit(1)
-
-
-@main.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@compared
-def compare(runs: tuple[Path, ...], **targets: Path | None) -> None:
-    """Show finished runs side by side: one row for each recipe and method, over its seeds.
-
-    RUN is a run folder, or a folder of them such as the --out of a bench. Runs of one method whose recipes differ in
-    more than the seed get rows of their own.
-    """
-    from vkd_framework.bench import command
-
-    click.echo(command.compare(runs, targets))
 
 
 @main.command("inspect-layers")
@@ -322,6 +273,55 @@ def check_adapter(name: str, model: str | None, as_json: bool) -> None:
     click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else testing.table(results))
     if not all(result.ok for result in results):
         sys.exit(1)
+
+
+@main.command()
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.option("--methods", callback=names, help="Methods, with commas. Default: all that the recipe can be run with.")
+@click.option("--seeds", callback=seeds_of, default="0,1,2", show_default=True, help="Seeds, with commas.")
+@SET
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of all runs; give it again to go on. Default: runs/bench-<time>.",
+)
+@compared
+@click.option("--list", "only_list", is_flag=True, help="Show the cells and how far each is; run nothing.")
+def bench(
+    recipes: tuple[str, ...],
+    methods: list[str] | None,
+    seeds: list[int],
+    overrides: tuple[str, ...],
+    out: Path | None,
+    only_list: bool,
+    **targets: Path | None,
+) -> None:
+    """Run every RECIPE with every method and seed, and show all of them in one table.
+
+    Each cell is an ordinary run in OUT/<recipe>-<method>-<seed>. The same command with the same --out goes on where it
+    was stopped, and several may work on one --out together. A cell that fails does not stop the others; exit status 1
+    when one did.
+    """
+    with quick_imports():
+        from vkd_framework.bench import command
+
+    unfinished = command.bench(recipes, methods, seeds, overrides, out, targets, only_list=only_list, echo=click.echo)
+    if unfinished:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@compared
+def compare(runs: tuple[Path, ...], **targets: Path | None) -> None:
+    """Show finished runs side by side: one row for each recipe and method, over its seeds.
+
+    RUN is a run folder, or a folder of them such as the --out of a bench. Runs of one method whose recipes differ in
+    more than the seed get rows of their own.
+    """
+    from vkd_framework.bench import command
+
+    click.echo(command.compare(runs, targets))
 
 
 @main.group(cls=Commands)
