@@ -287,7 +287,7 @@ def test_the_terminal_table_fits_120_columns_and_has_a_line_for_everybody() -> N
     ]
     assert len(table) >= 10
     assert max(map(len, table)) <= 120
-    assert "5.0 (2.5 to 7.5)" in text
+    assert "5.0 2.5-7.5" in text
 
 
 def test_markdown_holds_the_command_and_every_method() -> None:
@@ -347,9 +347,11 @@ def test_labels_of_the_frontier_cover_neither_each_other_nor_a_point() -> None:
 
 
 def test_methods_on_the_same_spot_are_still_readable() -> None:
-    plot = frontier.plots(compared(*(made(name) for name in ("vkd", "npo", "ga"))), "vkd")[0]
-    assert len({spot.label_y for spot in plot.spots}) == 3
-    assert sum(spot.led for spot in plot.spots) == 1, "one above, one below, one led to"
+    names = ("vkd", "npo", "ga", "manu", "idk", "salun")
+    plot = frontier.plots(compared(*map(made, names)), "vkd")[0]
+    assert len({(spot.x, spot.y) for spot in plot.spots}) == 1
+    assert len({(spot.label_y, spot.anchor) for spot in plot.spots}) == len(names)
+    assert sum(spot.led for spot in plot.spots) == 2, "four beside the point, the others led to"
 
 
 def test_figures_that_were_not_measured_leave_no_column() -> None:

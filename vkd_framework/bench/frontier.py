@@ -12,12 +12,18 @@ from vkd_framework.report.charts import Axis, Tick, nice_ticks
 
 WIDTH, HEIGHT = 380, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 368, 12, 252
-LETTER, ROW = 6.0, 13.0
+LETTER, ROW = 6.8, 13.0
 """Width of a letter and height of a line of a label, in SVG units, a little more than they take."""
 NEAR = 12.0
 """How far a label stands above or below its point before a line has to lead to it."""
 OFFSETS = [sign * (9.0 + ROW * step / 2) for step in range(40) for sign in (-1, 1)]
 """Where a label may stand, best first: never on a level with its point, where the interval is."""
+
+NEVER, VANILLA = "never knew", "vanilla"
+"""How the levels of the models that no method made are called."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,9 @@ def _plot(comparison: Comparison, method: str, key: str, title: str, x_label: st
         x_label,
         tuple(Tick(x.place(value), f"{100 * value:g}") for value in nice_ticks(x.low, x.high)),
         tuple(Tick(y.place(value), f"{100 * value:g} %") for value in nice_ticks(y.low, y.high)),
-        tuple(_spots(lines, key, x, y, method)),
-        None if never is None else Level("never knew", x.place(never)),
-        None if vanilla is None else Level("vanilla", y.place(vanilla)),
+        tuple(_spots(lines, key, x, y, method, (never, vanilla))),
+        None if never is None else Level(NEVER, x.place(never)),
+        None if vanilla is None else Level(VANILLA, y.place(vanilla)),
     )
 
 
@@ -118,19 +124,23 @@ def _ends(estimate: Estimate) -> tuple[float, float]:
     return estimate.low, estimate.high
 
 
-def _spots(lines: Sequence[Line], key: str, x: Axis, y: Axis, method: str) -> list[Spot]:
-    """Labels beside their points, moved up or down until none covers another or a point."""
+def _spots(
+    lines: Sequence[Line], key: str, x: Axis, y: Axis, method: str, levels: tuple[float | None, float | None]
+) -> list[Spot]:
+    """Labels beside their points, moved up or down until none covers another label or a point."""
     places = [(x.place(line.estimates[key].mean), y.place(line.estimates[RETAIN].mean)) for line in lines]
-    taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in places]
+    taken = [*_names_of_levels(x, y, levels), *((px - 4, py - 4, px + 4, py + 4) for px, py in places)]
     spots = []
     for line, (px, py) in sorted(zip(lines, places, strict=True), key=lambda item: item[1][1]):
         width = LETTER * len(line.label)
-        right = px + 8 + width <= RIGHT
-        left = px + 8 if right else px - 8 - width
-        free = [offset for offset in OFFSETS if _free((left, py + offset - ROW / 2, left + width, 0), taken)]
-        offset = free[0] if free else 0.0
-        middle = py + offset
-        taken.append((left, middle - ROW / 2, left + width, middle + ROW / 2))
+        starts = [start for start in (px + 8, px - 8 - width) if start >= LEFT and start + width <= RIGHT] or [LEFT]
+        boxes = [
+            (left, py + offset - ROW / 2, left + width, py + offset + ROW / 2) for offset in OFFSETS for left in starts
+        ]
+        box = next((box for box in boxes if _free(box, taken)), boxes[0])
+        taken.append(box)
+        middle = box[1] + ROW / 2
+        on_the_right = box[0] > px
         spots.append(
             Spot(
                 line.label,
@@ -139,13 +149,23 @@ def _spots(lines: Sequence[Line], key: str, x: Axis, y: Axis, method: str) -> li
                 py,
                 _placed(x, line.estimates[key]),
                 _placed(y, line.estimates[RETAIN]),
-                round(px + 8 if right else px - 8, 2),
+                round(box[0] if on_the_right else box[2], 2),
                 round(middle + 4, 2),
-                "start" if right else "end",
-                abs(offset) > NEAR,
+                "start" if on_the_right else "end",
+                abs(middle - py) > NEAR,
             )
         )
     return spots
+
+
+def _names_of_levels(x: Axis, y: Axis, levels: tuple[float | None, float | None]) -> list[Box]:
+    never, vanilla = levels
+    boxes: list[Box] = []
+    if never is not None:
+        boxes.append((x.place(never), BOTTOM - ROW - 4, x.place(never) + 4 + LETTER * len(NEVER), BOTTOM))
+    if vanilla is not None:
+        boxes.append((RIGHT - LETTER * len(VANILLA), y.place(vanilla) - ROW - 4, RIGHT, y.place(vanilla)))
+    return boxes
 
 
 def _placed(axis: Axis, estimate: Estimate) -> tuple[float, float]:
@@ -153,9 +173,8 @@ def _placed(axis: Axis, estimate: Estimate) -> tuple[float, float]:
     return axis.place(low), axis.place(high)
 
 
-def _free(box: tuple[float, float, float, float], taken: Sequence[tuple[float, float, float, float]]) -> bool:
-    left, top, right, _ = box
-    bottom = top + ROW
-    if top < TOP - 8 or bottom > BOTTOM:
+def _free(box: Box, taken: Sequence[Box]) -> bool:
+    left, top, right, bottom = box
+    if top < 0 or bottom > BOTTOM:
         return False
     return not any(left < x1 and x0 < right and top < y1 and y0 < bottom for x0, y0, x1, y1 in taken)

@@ -16,7 +16,7 @@ LONGEST_NAME = 24
 COLUMNS = (
     (FORGET, "Test VQA", True),
     (RETAIN, "Retain VQA", True),
-    ("realworld_vqa.exact_match", "Real-world", False),
+    ("realworld_vqa.exact_match", "Real", False),
     ("forget_visible_vqa.exact_match", "Visible", False),
     (RECOVERY, "Advantage", True),
     ("relearn.average_recovery", "Recovery", False),
@@ -42,9 +42,9 @@ def _recipe(comparison: Comparison, method: str) -> str:
         cells = [_cell(line, key, baseline, spread=spread) for key, _, spread in shown]
         rows.append([line.label, _seeds(line), *cells])
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    widths[0] = max(8, min(widths[0], LONGEST_NAME, WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    widths[0] = max(8, min(widths[0], LONGEST_NAME, WIDTH - sum(widths[1:]) - (len(widths) - 1)))
     body = [
-        "  ".join(
+        " ".join(
             [
                 row[0][: widths[0]].ljust(widths[0]),
                 *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)),
@@ -61,10 +61,14 @@ def _seeds(line: Line) -> str:
 
 
 def _cell(line: Line, key: str, baseline: Line | None, *, spread: bool) -> str:
-    """Marks hang over to the right, so that the digits stand under each other."""
+    """As short as can be. Marks hang over to the right, so that the digits stand under each other."""
     if key not in line.estimates:
         return f"{ABSENT}  "
-    estimate = line.estimates[key]
-    text = written(estimate.figure, estimate.mean).removesuffix(f"{NBSP}%")
-    bounds = interval(estimate).replace(f"{NBSP}to{NBSP}", " to ") if spread else ""
+    found = line.estimates[key]
+    if found.figure.kind == "seconds":
+        text = f"{found.mean:,.0f} s"
+    else:
+        text = written(found.figure, found.mean).removesuffix(f"{NBSP}%")
+    bounds = interval(found).replace("(", "").replace(")", "") if spread else ""
+    bounds = bounds.replace(f"{NBSP}to{NBSP}", "-" if found.figure.kind == "share" else "…")
     return f"{text}{bounds}{mark_of(line, key, baseline):<2}"
