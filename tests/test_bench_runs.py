@@ -256,6 +256,13 @@ WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
 }
 
 
+def test_an_out_folder_that_cannot_be_made_is_one_line(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = bench.again(tmp_path / "file" / "out")
+    assert done.exit_code == 2, done.exception
+    assert len(done.stderr.strip().splitlines()) == 1 and "choose another --out" in done.stderr
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_a_mistake_is_one_line_before_anything_runs(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, fragments = WRONG[case]

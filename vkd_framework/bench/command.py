@@ -41,12 +41,15 @@ def bench(
             status, reason = cell.status()
             echo(f"{cell.name:<{width}}  {status}{f': {reason}' if reason else ''}")
         return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
     say(f"{len(cells)} runs, {sum(cell.finished() for cell in cells)} of them done; results in {folder}")
-    again = shlex.join(["--out", str(folder)])
     try:
         loop.work(cells)
     except KeyboardInterrupt:
-        raise VKDError(f"stopped; the same command with {again} goes on") from None
+        raise VKDError(f"stopped; the same command with --out {shlex.quote(str(folder))} goes on") from None
     found = [(cell, *cell.status()) for cell in cells]
     missing = [f"{cell.name}: {reason or status}" for cell, status, reason in found if not cell.finished()]
     done = [cell.record() for cell in cells if cell.finished()]
