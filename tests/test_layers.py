@@ -20,8 +20,11 @@ MODULES = {
 FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
-    ("data", "batches", "features", "losses", "saliency"),
-    ("teach", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
+    ("data", "batches", "features", "losses", "saliency", "pruning"),
+    (
+        *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn"),
+        *("vanilla", "proofs", "probe"),
+    ),
     ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
     ("cli", "__main__"),

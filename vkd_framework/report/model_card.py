@@ -72,7 +72,7 @@ def render_model_card(
         "holds the forgotten knowledge, and putting the original visual modules back into this model restores it.",
         *_versions(environment),
         "## Method and citation",
-        findings.METHOD_NOTE,
+        findings.method_note(metrics),
         _CITATION,
     ]
     return "\n\n".join(sections) + "\n"
