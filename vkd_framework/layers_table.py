@@ -400,7 +400,7 @@ def plan(recipe: Recipe, anatomy: Anatomy) -> str:
     total, trained = anatomy.count(PART_TITLES), anatomy.count(recipe.train)
     size, steps = BYTES[recipe.model.dtype], recipe.unlearn
     tunes = recipe.procedure == "tune"
-    gradients_and_adam = 3 * trained if tunes else 0
+    gradients_and_adam = 3 * trained if recipe.procedure != "prune" else 0
     copies = trained * ((recipe.mask.kind != "none") + (recipe.losses.retain_kl.weight > 0)) if tunes else 0
     among = "" if "language_model" in recipe.train else ", the language model among them"
     facts = {
