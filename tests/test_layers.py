@@ -135,7 +135,7 @@ def test_no_exception_is_left_over() -> None:
         "from vkd_framework.plugins import load_adapter; load_adapter('qwen_vl').presets",
         "from vkd_framework.recipe import load_recipe; load_recipe('qwen2vl_celeb')",
         "from vkd_framework.layers_table import all_presets; all_presets()",
-        "from click.testing import CliRunner; from vkd_framework.cli import main; CliRunner().invoke(main, ['methods'])",
+        "from vkd_framework.cli import main; main(['methods'], standalone_mode=False)",
     ],
 )
 def test_torch_is_not_imported_before_it_is_needed(command: str) -> None:
