@@ -12,9 +12,9 @@ from conftest import CAST
 
 from vkd_framework.checkpoint import read_json
 from vkd_framework.plugins import MLLM, load_adapter
-from vkd_framework.recipe import PARTS
 from vkd_framework.run import run
 from vkd_framework.saliency import load_mask
+from vkd_framework.types import PARTS
 
 RECIPE = {
     "name": "small",

@@ -21,9 +21,9 @@ from vkd_framework.methods import METHODS, OWNED
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.pruning import build_prune_mask, prune
-from vkd_framework.recipe import PARTS, REFUSALS, Recipe, load_recipe
+from vkd_framework.recipe import REFUSALS, Recipe, load_recipe
 from vkd_framework.saliency import Mask, build_mask
-from vkd_framework.types import ImageQuestionPair, Splits
+from vkd_framework.types import PARTS, ImageQuestionPair, Splits
 from vkd_framework.unlearn import History, unlearn
 
 TRAINED = [name for name, method in METHODS.items() if method.values.get("procedure", "tune") == "tune"]

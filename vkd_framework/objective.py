@@ -17,8 +17,8 @@ from vkd_framework import losses
 from vkd_framework.features import FeatureTap, Teacher, photo_features, vision_forward
 from vkd_framework.forgetting import ForgetOutput
 from vkd_framework.plugins import MLLM
-from vkd_framework.recipe import PARTS, FeatureTerm, Recipe
-from vkd_framework.types import EncodedBatch, ImageQuestionPair, Splits
+from vkd_framework.recipe import FeatureTerm, Recipe
+from vkd_framework.types import PARTS, EncodedBatch, ImageQuestionPair, Splits
 
 
 @dataclass(frozen=True)

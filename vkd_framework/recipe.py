@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vkd_framework import methods
 from vkd_framework.errors import RecipeError
-from vkd_framework.types import Part, Scope
+from vkd_framework.types import PARTS, Part, Scope
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -30,7 +30,6 @@ REFUSALS = (
     "That is not something I know.",
 )
 """What is answered instead of a forgotten answer, where a recipe does not say."""
-PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
 TINY = "tiny"
 """What `model.source` begins with that means: the embedded default, built from the family's own classes."""
 

@@ -33,11 +33,10 @@ from vkd_framework.layers_table import describe, plan
 from vkd_framework.plugins import MLLM, Adapter, Anatomy, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import Recipe, find_recipe, load_recipe
-from vkd_framework.types import AttackCurve, ImageQuestionPair, Part, Sample, Splits
+from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair, Sample, Splits
 from vkd_framework.unlearn import History, active_parameters, unlearn
 from vkd_framework.vanilla import device_of, save, starting_model, teaching_seconds
 
-ALL_PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
 TAUGHT = "taught"
 SHOWN = {"test_vqa": 5, "forget_visible_vqa": 1, "retain_vqa": 3}
 """Column -> how many answers of each person the report shows."""
@@ -257,7 +256,7 @@ class Run:
             outcome = {
                 "trainable_parameters": mllm.count(recipe.train),
                 "active_parameters": active_parameters(parameters, mask if masked else None),
-                "total_parameters": mllm.count(ALL_PARTS),
+                "total_parameters": mllm.count(PARTS),
             }
             trained = list(parameters)
             del mllm, parameters

@@ -23,6 +23,8 @@ Kind = Literal["identity", "visible", "text"]
 Part = Literal["encoder", "projector", "language_model"]
 """The three parts into which every adapter splits the parameters of its model."""
 
+PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
+
 Scope = Literal["visual", "full"]
 """What an attacker tunes: the visual modules alone, or every weight."""
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vkd_framework.methods import METHODS
-from vkd_framework.recipe import PARTS
 from vkd_framework.report.formatting import (
     ABSENT,
     NBSP,
@@ -22,6 +21,7 @@ from vkd_framework.report.formatting import (
     size,
 )
 from vkd_framework.report.table import cell_of
+from vkd_framework.types import PARTS
 
 PAPER = "arXiv 2512.11325"
 
