@@ -60,6 +60,7 @@ def test_a_method_that_changes_the_language_model_measures_text_answers_and_prom
     report = (folder / "report.md").read_text()
     assert "measured and not promised" in report and "Failed checks" not in report
     assert name in report and "not public" not in report
+    assert "original visual modules" not in (folder / "model" / "README.md").read_text()
 
 
 def test_the_retain_only_method_is_the_retain_only_reference(runs: dict[str, tuple[dict[str, Any], Path]]) -> None:

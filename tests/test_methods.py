@@ -22,6 +22,7 @@ from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.pruning import build_prune_mask, prune
 from vkd_framework.recipe import REFUSALS, Recipe, load_recipe
+from vkd_framework.run import dry_run
 from vkd_framework.saliency import Mask, build_mask
 from vkd_framework.types import PARTS, ImageQuestionPair, Splits
 from vkd_framework.unlearn import History, unlearn
@@ -285,6 +286,21 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line_before_the_weights_ta
         tuned(mllm, few, of_method("ga"), tmp_path)
     assert "\n" not in str(caught.value) and caught.value.exit_status == 1
     assert not changed(before, weights(mllm))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ga_diff", ("trains", "100.00%", "frozen   nothing", "distils  nothing")),
+        ("kl_min", ("copies of the starting weights 3.8 MiB",)),
+        ("manu", ("prunes   vision encoder and language model", "2.0% of the neurons", "optimiser 0.0 MiB")),
+        ("retain_only", ("teaches", "frozen   nothing")),
+        ("vkd", ("the language model among them", "distils  vision.1, vision.2, projector")),
+    ],
+)
+def test_a_dry_run_says_what_a_method_would_change(name: str, said: tuple[str, ...]) -> None:
+    plan = dry_run("qwen2vl_celeb", (f"method={name}",)).partition("\n\n")[2]
+    assert all(part in plan for part in (*said, METHODS[name].summary)), plan
 
 
 def test_the_methods_are_listed_with_their_sources() -> None:
