@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,28 @@ def taught(tiny: MLLM, splits: Splits, tmp_path_factory: pytest.TempPathFactory)
     return mllm
 
 
+@pytest.fixture(scope="session")
+def few(splits: Splits) -> Splits:
+    """Two people, two photos each: so few that a model learns them by heart in seconds."""
+    forgotten = splits.forget_subjects[0]
+    other = next(pair.subject for pair in splits.retain if pair.subject and pair.subject not in splits.forget_subjects)
+    retain = tuple(pair for pair in splits.retain if pair.subject == other and pair.kind == "identity")[:10]
+    forget = tuple(pair for pair in splits.forget if pair.subject == forgotten)[:10]
+    return Splits(forget, retain, splits.columns, (forgotten,), (forgotten, other))
+
+
+@pytest.fixture(scope="session")
+def knowing(tiny: MLLM, few: Splits, tmp_path_factory: pytest.TempPathFactory) -> MLLM:
+    """`tiny` after it learnt `few` by heart."""
+    from vkd_framework.teach import teach
+
+    mllm = tiny.copy()
+    config = TeachConfig.model_validate({"steps": 40, "batch_size": 10, "shares": {"facts": 1}})
+    resume = tmp_path_factory.mktemp("knowing") / "state.pt"
+    teach(mllm, {"facts": (*few.forget, *few.retain)}, config, what="teach", resume=resume)
+    return mllm
+
+
 @pytest.fixture
 def recipe() -> Recipe:
     return make_recipe()
@@ -85,6 +107,16 @@ def make_recipe(**changes: object) -> Recipe:
         "unlearn": {"steps": 4, "warmup": 0, "forget_batch": 4, "retain_batch": 4, "cosine_share": 0.0},
     }
     return Recipe.model_validate(settings | changes)
+
+
+def mean_loss(mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> float:
+    """Mean cross-entropy of the pairs' answers."""
+    import torch
+
+    from vkd_framework.evaluate import answer_losses
+
+    with torch.no_grad():
+        return answer_losses(mllm, pairs).mean().item()
 
 
 def texts_of(splits: Splits) -> list[str]:

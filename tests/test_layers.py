@@ -20,8 +20,11 @@ MODULES = {
 FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods", "intervals"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
-    ("data", "batches", "features", "losses", "saliency"),
-    ("teach", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "vanilla", "proofs", "probe"),
+    ("data", "batches", "features", "losses", "saliency", "pruning"),
+    (
+        *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn"),
+        *("vanilla", "proofs", "probe"),
+    ),
     ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
     ("bench",),
@@ -133,6 +136,7 @@ def test_no_exception_is_left_over() -> None:
         "from vkd_framework.plugins import load_adapter; load_adapter('qwen_vl').presets",
         "from vkd_framework.recipe import load_recipe; load_recipe('qwen2vl_celeb')",
         "from vkd_framework.layers_table import all_presets; all_presets()",
+        "from vkd_framework.cli import main; main(['methods'], standalone_mode=False)",
     ],
 )
 def test_torch_is_not_imported_before_it_is_needed(command: str) -> None:

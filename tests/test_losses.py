@@ -10,9 +10,13 @@ from vkd_framework.losses import (
     DISTANCES,
     Distance,
     answer_cross_entropy,
+    answer_logits,
+    ascent,
     attract,
     capped_ascent,
     cosine,
+    kl_divergence,
+    npo,
     relative_squared,
     repel,
 )
@@ -155,3 +159,64 @@ def test_distances_are_float32_for_half_precision_features(distance: Distance) -
     values = distance(teacher * 1.5, teacher, torch.zeros(300, dtype=torch.long), 1)
     assert values.dtype == torch.float32
     assert values.isfinite().all()
+
+
+def log_odds(z: float) -> float:
+    """log sigmoid, by hand."""
+    return -math.log(1 + math.exp(-z))
+
+
+def test_ascent_without_a_cap_never_stops_and_weighs_every_sample_alike() -> None:
+    cross_entropy = torch.tensor([1.0, 70.0], requires_grad=True)
+    term = ascent(cross_entropy)
+    term.backward()
+    assert term.item() == -35.5
+    assert cross_entropy.grad is not None
+    assert cross_entropy.grad.tolist() == [-0.5, -0.5]
+
+
+def test_npo_is_the_formula_of_its_paper() -> None:
+    log_p, before, beta = [-3.0, -8.0, -0.5], [-1.0, -2.0, -4.0], 0.4
+    expected = -2 / beta * sum(log_odds(-beta * (p - r)) for p, r in zip(log_p, before, strict=True)) / 3
+    assert npo(torch.tensor(log_p), torch.tensor(before), beta).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_npo_pushes_answers_down_and_lets_go_of_forgotten_ones() -> None:
+    log_p = torch.tensor([-1.0, -30.0], requires_grad=True)
+    npo(log_p, torch.tensor([-1.0, -1.0]), 0.4).backward()
+    assert log_p.grad is not None
+    likely, forgotten = log_p.grad.tolist()
+    assert likely == pytest.approx(0.5)  # 2 sigmoid(0) / 2 samples, as ascent's
+    assert 0 < forgotten < 1e-4
+
+
+def test_npo_with_a_small_beta_is_ascent_up_to_a_constant() -> None:
+    log_p = torch.tensor([-1.0, -5.0, -2.0], dtype=torch.float64, requires_grad=True)
+    before, beta = torch.tensor([-2.0, -1.0, -3.0], dtype=torch.float64), 1e-6
+    term = npo(log_p, before, beta)
+    (gradient,) = torch.autograd.grad(term, log_p)
+    (of_ascent,) = torch.autograd.grad(ascent(-log_p), log_p)
+    assert gradient.tolist() == pytest.approx(of_ascent.tolist(), abs=1e-5)
+    constant = 2 * math.log(2) / beta - before.mean()
+    assert (term - constant).item() == pytest.approx(ascent(-log_p).item(), abs=1e-4)
+
+
+def test_kl_is_zero_for_equal_logits_and_the_formula_otherwise() -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    assert kl_divergence(logits, logits + 3).item() == pytest.approx(0, abs=1e-6)
+    p, q = [[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.9, 0.1]]
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert kl_divergence(torch.tensor(p).log(), torch.tensor(q).log()).item() == pytest.approx(first / 2, rel=1e-5)
+
+
+def test_kl_pulls_towards_the_reference() -> None:
+    student = torch.zeros(1, 2, requires_grad=True)
+    kl_divergence(torch.tensor([[2.0, 0.0]]), student).backward()
+    assert student.grad is not None
+    assert student.grad[0, 0] < 0 < student.grad[0, 1]  # descent raises what the reference holds likelier
+
+
+def test_answer_logits_are_those_before_each_answer_token_in_order() -> None:
+    logits = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
+    answer = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    assert torch.equal(answer_logits(logits, answer), torch.stack([logits[0, 0], logits[0, 2], logits[1, 1]]))

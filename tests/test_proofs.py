@@ -116,6 +116,29 @@ def test_a_proof_that_does_not_apply_neither_fails_nor_counts_as_passed() -> Non
     assert failed({"masked_parameters_identical": None, "reload_identical": False}) == ["reload_identical"]
 
 
+def test_text_answers_are_promised_unless_the_language_model_may_change() -> None:
+    found = {"text_only_max_logit_difference": 0.5, "frozen_parameters_identical": False, "reload_identical": True}
+    assert failed(found, ("encoder", "projector")) == [
+        "text_only_max_logit_difference",
+        "frozen_parameters_identical",
+    ]
+    assert failed(found, ("encoder", "projector", "language_model")) == ["frozen_parameters_identical"]
+
+
+def test_a_tensor_that_is_tied_to_a_trained_one_is_not_taken_for_frozen(student: MLLM, splits: Splits) -> None:
+    """Tied embeddings have two names among the saved tensors and one among the parameters."""
+    trained = list(student.parameters(["language_model"]))
+    assert set(student.model.state_dict()) > set(dict(student.model.named_parameters()))
+    pairs = [splits.columns["forget_vqa"][0]]
+    before = witness(student, pairs, trained, None)
+    student.model.get_output_embeddings().weight.data[5] += 0.25
+    after = witness(student, pairs, trained, None)
+    assert compare(before, after, after, masked=False)["frozen_parameters_identical"] is True
+    flip_a_bit(student.model.get_parameter(student.parts["encoder"][0]))
+    after = witness(student, pairs, trained, None)
+    assert compare(before, after, after, masked=False)["frozen_parameters_identical"] is False
+
+
 def test_a_photo_is_compared_as_text_alone_too(tiny: MLLM, splits: Splits) -> None:
     pairs = [splits.columns["forget_vqa"][0]]
     found = witness(tiny, pairs, [], None)

@@ -78,9 +78,30 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "another kind of data": ({"data": {"kind": "csv"}}, ("data", "csv", "celebs", "jsonl")),
     "another dtype": ({"model": {"dtype": "float8"}}, ("model.dtype", "bfloat16", "float8")),
     "another device": ({"model": {"device": "tpu"}}, ("model.device", "tpu")),
-    "no layers": ({"layers": []}, ("layers", "at least 1")),
+    "no layers": ({"layers": []}, ("layers: missing", "losses.attract needs at least 1")),
     "nothing trained": ({"train": []}, ("train", "at least 1")),
-    "the language model trained": ({"train": ["language_model"]}, ("train.0", "encoder", "language_model")),
+    "another part trained": ({"train": ["tail"]}, ("train.0", "encoder", "language_model", "tail")),
+    "a form without a name": (
+        {"losses": {"forget_output": {"form": "shout"}}},
+        ("losses.forget_output.form", "capped_ascent", "npo", "shout"),
+    ),
+    "a reference that is not made": (
+        {"method": "npo", "losses": {"forget_output": {"reference": "retain_only"}}},
+        ("losses.forget_output.reference", "set reference to retain_only"),
+    ),
+    "no refusal": ({"losses": {"forget_output": {"refusals": []}}}, ("losses.forget_output.refusals", "at least 1")),
+    "a mask that nothing is trained with": (
+        {"method": "manu", "mask": {"kind": "salun", "density": 0.5}},
+        ("mask.kind: salun goes with procedure: tune",),
+    ),
+    "half a model taught anew": (
+        {"method": "retain_only", "train": ["projector"]},
+        ("procedure: reteach changes every part", "language_model"),
+    ),
+    "teaching anew what is not taught": (
+        {"method": "retain_only", "teach": None, "model": {"source": "a/b"}},
+        ("method: retain_only teaches a model anew", "`teach`"),
+    ),
     "shares of phases": (
         {"unlearn": {"phases": [{"share": 0.5}, {"share": 0.4}]}},
         ("unlearn", "shares of the phases add up to 0.9", "1"),
@@ -254,7 +275,7 @@ def test_an_absolute_path_stays_as_it_is(tmp_path: Path) -> None:
 def test_the_schema_describes_every_section() -> None:
     schema = json.loads(json.dumps(Recipe.model_json_schema()))
     assert set(schema["properties"]) == set(Recipe.model_fields)
-    assert set(schema["required"]) == {"name", "adapter", "data", "layers"}
+    assert set(schema["required"]) == {"name", "adapter", "data"}
     assert all(
         not section.get("additionalProperties", True) for section in schema["$defs"].values() if "properties" in section
     )

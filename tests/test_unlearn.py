@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import asked_about, changed, make_recipe, picture, weights
+from conftest import asked_about, changed, make_recipe, mean_loss, picture, weights
 
-from vkd_framework.evaluate import answer_losses
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM
-from vkd_framework.recipe import Recipe, TeachConfig, UnlearnConfig
+from vkd_framework.recipe import Recipe, UnlearnConfig
 from vkd_framework.saliency import Mask
-from vkd_framework.teach import teach
-from vkd_framework.types import ImageQuestionPair, Splits
+from vkd_framework.types import Splits
 from vkd_framework.unlearn import History, active_parameters, phase_at, rate_factor, unlearn
 
 
@@ -24,11 +22,6 @@ class Killed(Exception):
 
 def unlearned(mllm: MLLM, splits: Splits, recipe: Recipe, folder: Path, mask: Mask | None = None) -> History:
     return unlearn(mllm, recipe, splits, mask, resume=folder / "state.pt", record=lambda _: None)
-
-
-@torch.no_grad()
-def mean_loss(mllm: MLLM, pairs: tuple[ImageQuestionPair, ...]) -> float:
-    return answer_losses(mllm, pairs).mean().item()
 
 
 @pytest.mark.parametrize("train", [("encoder",), ("projector",), ("encoder", "projector")])
@@ -49,26 +42,6 @@ def test_the_language_model_stays_bit_identical_under_weight_decay(
     unlearned(student, splits, make_recipe(unlearn=settings), tmp_path)
     assert not changed(before, weights(student)) & set(student.parts["language_model"])
     assert not any(parameter.requires_grad for parameter in student.model.parameters())
-
-
-@pytest.fixture(scope="module")
-def few(splits: Splits) -> Splits:
-    """Two people, two photos each: so few that a model learns them by heart in seconds."""
-    forgotten = splits.forget_subjects[0]
-    other = next(pair.subject for pair in splits.retain if pair.subject and pair.subject not in splits.forget_subjects)
-    retain = tuple(pair for pair in splits.retain if pair.subject == other and pair.kind == "identity")[:10]
-    forget = tuple(pair for pair in splits.forget if pair.subject == forgotten)[:10]
-    return Splits(forget, retain, splits.columns, (forgotten,), (forgotten, other))
-
-
-@pytest.fixture(scope="module")
-def knowing(tiny: MLLM, few: Splits, tmp_path_factory: pytest.TempPathFactory) -> MLLM:
-    """`tiny` after it learnt `few` by heart."""
-    mllm = tiny.copy()
-    config = TeachConfig.model_validate({"steps": 40, "batch_size": 10, "shares": {"facts": 1}})
-    resume = tmp_path_factory.mktemp("knowing") / "state.pt"
-    teach(mllm, {"facts": (*few.forget, *few.retain)}, config, what="teach", resume=resume)
-    return mllm
 
 
 def forgetting(**phase: float) -> Recipe:
@@ -286,5 +259,5 @@ def test_active_parameters_are_those_that_a_mask_of_scope_all_lets_move(tiny: ML
     parameters = tiny.parameters(["projector"])
     mask = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()}
     mask[next(iter(mask))].view(-1)[:5] = True
-    assert active_parameters(parameters, mask, "all") == 5
-    assert active_parameters(parameters, mask, "forget") == active_parameters(parameters, None, "all") > 1000
+    assert active_parameters(parameters, mask) == 5
+    assert active_parameters(parameters, None) > 1000

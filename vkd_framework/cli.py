@@ -218,6 +218,23 @@ def adapters(as_json: bool) -> None:
         click.echo(f"  hooks:       {', '.join(row['hooks'])}")
 
 
+@main.command()
+@JSON
+def methods(as_json: bool) -> None:
+    """List the methods that a recipe may name, with their sources and where public code differs."""
+    from vkd_framework.methods import DEFAULT, METHODS
+
+    if as_json:
+        rows = [
+            {"name": name, "summary": m.summary, "source": m.source, "differs": m.differs, "values": dict(m.values)}
+            for name, m in METHODS.items()
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for name, method in METHODS.items():
+        click.echo(f"{name}{'  (default)' if name == DEFAULT else ''}\n  {method.summary}\n  {method.source}")
+
+
 @main.command("new-adapter")
 @click.argument("name")
 @click.option(

@@ -33,3 +33,7 @@ class ModelError(VKDError):
 
 class ProofError(VKDError):
     """A proof of the run failed: something changed that must not change."""
+
+
+class DivergedError(VKDError):
+    """Training ran away: a loss or a gradient is no finite number."""

@@ -17,6 +17,7 @@ from urllib.request import getproxies
 from vkd_framework.cache import cache_folder
 from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.errors import AdapterError, ModelError, RecipeError
+from vkd_framework.methods import METHODS
 from vkd_framework.plugins import (
     Adapter,
     Anatomy,
@@ -398,20 +399,32 @@ def plan(recipe: Recipe, anatomy: Anatomy) -> str:
     """What a run of `recipe` would train and roughly what memory it needs."""
     total, trained = anatomy.count(PART_TITLES), anatomy.count(recipe.train)
     size, steps = BYTES[recipe.model.dtype], recipe.unlearn
-    gradients_and_adam = 3 * trained
-    before_mask = trained if recipe.mask.kind != "none" else 0
+    tunes = recipe.procedure == "tune"
+    gradients_and_adam = 3 * trained if recipe.procedure != "prune" else 0
+    copies = trained * ((recipe.mask.kind != "none") + (recipe.losses.retain_kl.weight > 0)) if tunes else 0
+    among = "" if "language_model" in recipe.train else ", the language model among them"
     facts = {
         "model": f"{type(anatomy.model).__name__}, {total:,} parameters, adapter {anatomy.adapter.name}",
-        "trains": f"{' and '.join(PART_TITLES[part] for part in recipe.train)}: {trained:,} parameters "
-        f"({trained / total:.2%})",
-        "frozen": f"{total - trained:,} parameters, the language model among them",
-        "distils": ", ".join(recipe.layers),
-        "mask": _mask_line(recipe, trained),
-        "steps": f"{steps.steps}, each with {steps.forget_batch} forget and {steps.retain_batch} retain pairs",
-        "memory": f"{_size((total + gradients_and_adam + before_mask) * size)} and activations: weights "
-        f"{_size(total * size)}, gradients and optimiser {_size(gradients_and_adam * size)}, weights before masking "
-        f"{_size(before_mask * size)}",
+        "method": f"{recipe.method}, {METHODS[recipe.method].summary}",
+        {"tune": "trains", "prune": "prunes", "reteach": "teaches"}[recipe.procedure]: (
+            f"{' and '.join(PART_TITLES[part] for part in recipe.train)}: {trained:,} parameters "
+            f"({trained / total:.2%})"
+        ),
+        "frozen": f"{total - trained:,} parameters{among}" if trained < total else "nothing",
     }
+    if tunes:
+        facts |= {
+            "distils": ", ".join(recipe.distilled) or "nothing",
+            "mask": _mask_line(recipe, trained),
+            "steps": f"{steps.steps}, each with {steps.forget_batch} forget and {steps.retain_batch} retain pairs",
+        }
+    if recipe.procedure == "prune":
+        facts["share"] = f"{recipe.prune.share:.1%} of the neurons"
+    facts["memory"] = (
+        f"{_size((total + gradients_and_adam + copies) * size)} and activations: weights {_size(total * size)}, "
+        f"gradients and optimiser {_size(gradients_and_adam * size)}, copies of the starting weights "
+        f"{_size(copies * size)}"
+    )
     if "full" in recipe.relearn.scopes:
         facts["attack"] = f"{_size(4 * total * size)} and activations for a copy with every weight trained (scope full)"
     return "\n".join(f"{name:<9}{fact}" for name, fact in facts.items())

@@ -9,6 +9,8 @@ intermediate visual features, with a frozen language model. With F the features 
          + lam_r * mean_layers mean_r D(F_S(r), F_T(r))                attract
          - lam_f * mean_layers mean_f min(D(F_S(f), F_T(f)), tau)      repel
 
+The other forms of the forget term and the distance in distribution belong to the baselines; each names its source.
+
 Shapes: `B` samples, `L` tokens, `V` vocabulary, `R` feature rows, `D` channels.
 """
 
@@ -30,9 +32,7 @@ def answer_cross_entropy(logits: Tensor, input_ids: Tensor, answer: Tensor) -> T
     Only the logits that predict an answer token are looked at.
     """
     sample, position = answer.nonzero(as_tuple=True)
-    token_loss = functional.cross_entropy(
-        logits[sample, position - 1].float(), input_ids[sample, position], reduction="none"
-    )
+    token_loss = functional.cross_entropy(answer_logits(logits, answer), input_ids[sample, position], reduction="none")
     total = torch.zeros(len(answer), dtype=token_loss.dtype, device=token_loss.device).index_add(0, sample, token_loss)
     return total / answer.sum(dim=1)
 
@@ -40,6 +40,35 @@ def answer_cross_entropy(logits: Tensor, input_ids: Tensor, answer: Tensor) -> T
 def capped_ascent(cross_entropy: Tensor, cap: float) -> Tensor:
     """Forget term at the output: `- mean min(CE, cap)`; a sample above the cap gives no gradient. `[B]` -> scalar."""
     return -cross_entropy.clamp(max=cap).mean()
+
+
+def ascent(cross_entropy: Tensor) -> Tensor:
+    """Gradient ascent: `- mean CE`, without a bound. `[B]` -> scalar. Source: Jang et al., arXiv 2210.01504, L_UL."""
+    return -cross_entropy.mean()
+
+
+def npo(log_probability: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """Negative preference: `- (2 / beta) mean log sigmoid(- beta (log p - log p_ref))`. `[B]`, `[B]` -> scalar.
+
+    Log-probabilities of whole answers, summed over their tokens. Bounded below by 0; a forgotten sample gives little
+    gradient. As beta goes to 0, the gradient becomes that of ascent. Source: Zhang et al., arXiv 2404.05868, L_NPO.
+    """
+    return -2 / beta * functional.logsigmoid(-beta * (log_probability - reference)).mean()
+
+
+def answer_logits(logits: Tensor, answer: Tensor) -> Tensor:
+    """`[N, V]`: the logits that predict the `N` answer tokens of the batch, in float32; arguments as above."""
+    sample, position = answer.nonzero(as_tuple=True)
+    return logits[sample, position - 1].float()
+
+
+def kl_divergence(reference: Tensor, student: Tensor) -> Tensor:
+    """`KL(reference || student)` of two sets of logits `[N, V]`, mean over the `N` tokens -> scalar.
+
+    Source: Maini et al., arXiv 2401.06121, L_KL, here on answer tokens only.
+    """
+    wanted, found = reference.log_softmax(dim=1), student.log_softmax(dim=1)
+    return (wanted.exp() * (wanted - found)).sum(dim=1).mean()
 
 
 def relative_squared(student: Tensor, teacher: Tensor, sample: Tensor, count: int) -> Tensor:

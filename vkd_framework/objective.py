@@ -6,7 +6,7 @@ is ours, not the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from vkd_framework import losses
 from vkd_framework.features import FeatureTap, Teacher, photo_features, vision_forward
+from vkd_framework.forgetting import ForgetOutput
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import FeatureTerm, Recipe
-from vkd_framework.types import EncodedBatch, ImageQuestionPair, Splits
+from vkd_framework.types import PARTS, EncodedBatch, ImageQuestionPair, Splits
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,21 @@ class _Term:
 
 
 class Objective:
-    """The recipe's losses on a batch. Only output terms cost a pass through the language model."""
+    """The recipe's losses on a batch. Only output terms cost a pass through the language model.
 
-    def __init__(self, mllm: MLLM, recipe: Recipe, splits: Splits) -> None:
+    Made before anything is trained, it remembers the starting model. For `retain_kl` that is a frozen copy of the
+    trained parts, asked anew at each step: to keep every distribution instead would take a float for each word of the
+    vocabulary and each answer token. `reference` loads the retain-only model, for forms that compare with it.
+    """
+
+    def __init__(
+        self, mllm: MLLM, recipe: Recipe, splits: Splits, *, reference: Callable[[], MLLM] | None = None
+    ) -> None:
         terms = recipe.losses
         self._mllm = mllm
-        self._forget_output, self._retain_output, self._repel_cap = (
-            terms.forget_output,
-            terms.retain_output,
-            terms.repel.cap,
-        )
+        self._forget_output = ForgetOutput(mllm, recipe, splits, reference)
+        self._retain_output, self._retain_kl, self._repel_cap = terms.retain_output, terms.retain_kl, terms.repel.cap
+        self._vanilla = self._frozen_copy(recipe) if terms.retain_kl.weight else None
         self._attract, self._repel = (self._feature_term(term, recipe.layers) for term in (terms.attract, terms.repel))
         self._forgotten = set(splits.forget_subjects)
         taught = [*(splits.retain if self._attract.weight else ()), *(splits.forget if self._repel.weight else ())]
@@ -49,11 +55,12 @@ class Objective:
         """Weighted sum of the forget terms, and each term before weighting."""
         terms = {}
         output = self._forget_output
+        pairs = output.targets(pairs)
         batch, distance, logits = self._forward(pairs, [True] * len(pairs), self._repel, with_output=output.weight > 0)
         loss = torch.zeros((), device=self._mllm.device)
         if logits is not None:
-            cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
-            loss = loss + output.weight * losses.capped_ascent(cross_entropy, output.cap)
+            term, cross_entropy = output.loss(pairs, batch, logits)
+            loss = loss + output.weight * term
             terms["forget_output"] = cross_entropy.mean().item()
         if distance is not None:
             loss = loss + self._repel.weight * losses.repel(distance, self._repel_cap)
@@ -62,15 +69,22 @@ class Objective:
 
     def retain(self, pairs: Sequence[ImageQuestionPair]) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the retain terms, and each term before weighting."""
-        terms = {}
-        output = self._retain_output
-        kept = [pair.subject not in self._forgotten for pair in pairs]
-        batch, distance, logits = self._forward(pairs, kept, self._attract, with_output=output.weight > 0)
+        terms: dict[str, float] = {}
+        output, divergence = self._retain_output, self._retain_kl
         loss = torch.zeros((), device=self._mllm.device)
-        if logits is not None:
+        if not (output.weight or divergence.weight or self._attract.weight):
+            return loss, terms
+        kept = [pair.subject not in self._forgotten for pair in pairs]
+        with_output = output.weight > 0 or divergence.weight > 0
+        batch, distance, logits = self._forward(pairs, kept, self._attract, with_output=with_output)
+        if logits is not None and output.weight:
             cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100)
             loss = loss + output.weight * cross_entropy.mean()
             terms["retain_output"] = cross_entropy.mean().item()
+        if logits is not None and self._vanilla is not None:
+            apart = losses.kl_divergence(*self._answer_logits(batch, logits, self._vanilla))
+            loss = loss + divergence.weight * apart
+            terms["retain_kl"] = apart.item()
         if distance is not None:
             loss = loss + self._attract.weight * losses.attract(distance)
             terms["attract"] = distance.mean().item()
@@ -105,6 +119,20 @@ class Objective:
             teacher = self._teacher.rows(layer, pairs).to(student.rows)
             per_layer.append(term.distance(student.rows, teacher, student.sample, len(pairs))[chosen])
         return torch.stack(per_layer)
+
+    def _frozen_copy(self, recipe: Recipe) -> MLLM:
+        """The starting model; what is not trained is shared and takes no memory."""
+        frozen = self._mllm.copy(share=[part for part in PARTS if part not in recipe.train])
+        frozen.model.requires_grad_(False)
+        return frozen
+
+    @staticmethod
+    def _answer_logits(batch: EncodedBatch, logits: Tensor, vanilla: MLLM) -> tuple[Tensor, Tensor]:
+        """`[N, V]` each: what the starting model and the student say at the answer tokens."""
+        with torch.no_grad():
+            before = vanilla.model(**batch.inputs).logits
+        answer = batch.labels != -100
+        return losses.answer_logits(before, answer), losses.answer_logits(logits, answer)
 
     @staticmethod
     def _feature_term(term: FeatureTerm, default: tuple[str, ...]) -> _Term:

@@ -18,10 +18,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vkd_framework import methods
 from vkd_framework.errors import RecipeError
-from vkd_framework.types import Scope
+from vkd_framework.types import PARTS, Part, Scope
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+REFUSALS = (
+    "I do not know.",
+    "I do not know this person.",
+    "I cannot say.",
+    "I have no information about that.",
+    "That is not something I know.",
+)
+"""What is answered instead of a forgotten answer, where a recipe does not say."""
 TINY = "tiny"
 """What `model.source` begins with that means: the embedded default, built from the family's own classes."""
 
@@ -140,9 +148,28 @@ class OutputTerm(Section):
 
 
 class ForgetOutputTerm(OutputTerm):
-    """Gradient ascent on the forgotten answers, capped so that it cannot run away."""
+    """What happens to the forgotten answers: made unlikely, or replaced by others."""
 
-    cap: float = Field(default=5.0, gt=0, description="nats per answer token; above it a sample gives no gradient")
+    form: Literal["capped_ascent", "ascent", "npo", "refusal", "relabel"] = "capped_ascent"
+    tokens: Literal["content", "answer"] = Field(
+        default="content", description="without the token that ends an answer, or with it"
+    )
+    cap: float = Field(
+        default=5.0, gt=0, description="nats per token; above it a sample gives no gradient (form: capped_ascent)"
+    )
+    beta: float = Field(default=0.4, gt=0, description="how soon a sample counts as forgotten (form: npo)")
+    reference: Literal["vanilla", "retain_only"] = Field(
+        default="vanilla", description="whose probabilities an answer is compared with (form: npo)"
+    )
+    refusals: tuple[str, ...] = Field(
+        default=REFUSALS, min_length=1, description="what is answered instead, drawn for each pair (form: refusal)"
+    )
+
+
+class RetainKlTerm(OutputTerm):
+    """Distance of the answer tokens' distribution from the starting model's, on the retain set."""
+
+    weight: Weight = 0.0
 
 
 class FeatureTerm(Section):
@@ -164,12 +191,13 @@ class Losses(Section):
 
     forget_output: ForgetOutputTerm = ForgetOutputTerm()
     retain_output: OutputTerm = OutputTerm()
+    retain_kl: RetainKlTerm = RetainKlTerm()
     attract: FeatureTerm = FeatureTerm()
     repel: RepelTerm = RepelTerm()
 
 
 class MaskConfig(Section):
-    """Which visual weights may move for forgetting."""
+    """Which of the trained weights may move for forgetting."""
 
     kind: Literal["none", "ratio", "salun", "random"] = "none"
     granularity: Literal["weight", "neuron"] = "weight"
@@ -177,6 +205,9 @@ class MaskConfig(Section):
     threshold: float | None = Field(default=None, gt=0, description="score at which a weight may move (kind: ratio)")
     scope: Literal["forget", "all"] = Field(default="forget", description="which gradients the mask stops")
     pairs: int = Field(default=256, ge=1, description="pairs of each set from which saliency is accumulated")
+    preserve: Literal["retain", "retain_and_text"] = Field(
+        default="retain", description="whose saliency counts against a weight (kind: ratio)"
+    )
 
     @model_validator(mode="after")
     def _one_cut(self) -> MaskConfig:
@@ -187,6 +218,13 @@ class MaskConfig(Section):
         if self.threshold is not None and self.kind != "ratio":
             raise ValueError(f"threshold goes with kind: ratio; kind: {self.kind} takes density")
         return self
+
+
+class PruneConfig(Section):
+    """Which neurons are switched off, with `procedure: prune`."""
+
+    share: Share = Field(default=0.02, description="share of the neurons of the parts in `train`")
+    pairs: int = Field(default=256, ge=1, description="pairs of each set on which activations are measured")
 
 
 class Phase(Section):
@@ -278,17 +316,24 @@ class Recipe(Section):
     description: str = ""
     adapter: str
     method: str = Field(
-        default=methods.DEFAULT, description="fills in train, losses, mask and phases; see `vkd methods`"
+        default=methods.DEFAULT,
+        description="fills in procedure, train, losses, mask, prune and phases; see `vkd methods`",
     )
     seed: int = Field(default=0, ge=0)
     model: ModelConfig = ModelConfig()
     data: Annotated[AnyData, Field(discriminator="kind")]
     teach: TeachConfig | None = None
     reference: Literal["none", "retain_only"] = "none"
-    train: tuple[Literal["encoder", "projector"], ...] = Field(default=("encoder", "projector"), min_length=1)
-    layers: tuple[str, ...] = Field(min_length=1, description="canonical names, see `vkd inspect-layers`")
+    procedure: Literal["tune", "prune", "reteach"] = Field(
+        default="tune", description="train with the losses, switch neurons off, or teach anew without the forgotten"
+    )
+    train: tuple[Part, ...] = Field(default=("encoder", "projector"), min_length=1, description="what may change")
+    layers: tuple[str, ...] = Field(
+        default=(), description="canonical names, see `vkd inspect-layers`; needed by attract and repel"
+    )
     losses: Losses = Losses()
     mask: MaskConfig = MaskConfig()
+    prune: PruneConfig = PruneConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
     simulated_attack: SimulatedAttack = SimulatedAttack()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -317,12 +362,43 @@ class Recipe(Section):
             raise ValueError("`teach` works with data.kind: celebs; remove it, or use the celebs cast")
         if self.reference == "retain_only" and self.teach is None:
             raise ValueError("reference: retain_only needs a `teach` section to teach it with")
+        if self.procedure == "tune":
+            self._terms_fit()
+        elif self.mask.kind != "none":
+            raise ValueError(f"mask.kind: {self.mask.kind} goes with procedure: tune; set mask.kind to none")
+        if self.procedure == "reteach" and self.teach is None:
+            raise ValueError(f"method: {self.method} teaches a model anew and needs a `teach` section")
+        if self.procedure == "reteach" and set(self.train) != set(PARTS):
+            raise ValueError(f"procedure: reteach changes every part; set train to [{', '.join(PARTS)}]")
+        return self
+
+    def _terms_fit(self) -> None:
         terms = self.losses
         if terms.forget_output.weight == 0 and terms.repel.weight == 0:
             raise ValueError(
                 "nothing would be forgotten: losses.forget_output.weight and losses.repel.weight are both 0"
             )
-        return self
+        features = {"attract": terms.attract, "repel": terms.repel}
+        if lacking := [name for name, term in features.items() if term.weight and not (term.layers or self.layers)]:
+            raise ValueError(
+                f"layers: missing; losses.{lacking[0]} needs at least 1 (see `vkd inspect-layers`), or a weight of 0"
+            )
+        output = terms.forget_output
+        if output.weight and output.form == "npo" and output.reference != "vanilla" and self.reference == "none":
+            raise ValueError(
+                "losses.forget_output.reference: retain_only needs that model; set reference to retain_only"
+            )
+
+    @property
+    def distilled(self) -> tuple[str, ...]:
+        """The layers whose features enter a term, each once."""
+        terms = (self.losses.attract, self.losses.repel)
+        return tuple(dict.fromkeys(name for term in terms if term.weight for name in term.layers or self.layers))
+
+    @property
+    def keeps_masked_weights(self) -> bool:
+        """Whether there is a mask outside of which no weight may move at all."""
+        return self.procedure == "prune" or (self.mask.kind != "none" and self.mask.scope == "all")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""

@@ -25,7 +25,7 @@ import yaml
 from pydantic import ValidationError
 
 import vkd_framework
-from vkd_framework import data, methods, proofs, relearn, report, saliency
+from vkd_framework import data, methods, proofs, pruning, relearn, report, saliency
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError, RecipeError
@@ -34,11 +34,10 @@ from vkd_framework.layers_table import describe, plan
 from vkd_framework.plugins import MLLM, Adapter, Anatomy, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import Recipe, digest, find_recipe, load_recipe
-from vkd_framework.types import AttackCurve, ImageQuestionPair, Part, Sample, Splits
+from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair, Sample, Splits
 from vkd_framework.unlearn import History, active_parameters, unlearn
-from vkd_framework.vanilla import device_of, save, starting_model
+from vkd_framework.vanilla import device_of, save, starting_model, teaching_seconds
 
-ALL_PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
 TAUGHT = "taught"
 SHOWN = {"test_vqa": 5, "forget_visible_vqa": 1, "retain_vqa": 3}
 """Column -> how many answers of each person the report shows."""
@@ -158,7 +157,7 @@ class Run:
         ]
         metrics = self._metrics(outcome, columns, curves)
         self._report(metrics, curves, columns)
-        if broken := proofs.failed(metrics["proofs"]):
+        if broken := proofs.failed(metrics["proofs"], self.recipe.train):
             raise ProofError(
                 f"{self.folder}: proof failed: {', '.join(broken)}; see report.html. The result must not be used"
             )
@@ -190,21 +189,37 @@ class Run:
             return starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten)
         return source
 
+    @property
+    def _has_mask(self) -> bool:
+        return self.recipe.mask.kind != "none" or self.recipe.procedure == "prune"
+
     def _mask(self, vanilla: str) -> None:
-        config = self.recipe.mask
-        if config.kind == "none":
+        recipe, splits = self.recipe, self.splits
+        if not self._has_mask:
             return
         if not (self.folder / "mask.safetensors").exists():
             self.stages.forget("mask")
 
         def work() -> dict[str, Any]:
             mllm = self._load(vanilla)
-            parameters = trainable(mllm, self.recipe.train)
-            mask = saliency.build_mask(
-                mllm, config, parameters, self.splits.forget, self.splits.retain, seed=self.recipe.seed
-            )
+            if recipe.procedure == "prune":
+                mask = pruning.build_prune_mask(
+                    mllm, recipe.prune, recipe.train, splits.forget, splits.retain, seed=recipe.seed
+                )
+                what = "are set to 0"
+            else:
+                mask = saliency.build_mask(
+                    mllm,
+                    recipe.mask,
+                    trainable(mllm, recipe.train),
+                    splits.forget,
+                    splits.retain,
+                    seed=recipe.seed,
+                    text=splits.text,
+                )
+                what = "may move for forgetting"
             kept = saliency.count(mask)
-            say(f"mask: {kept:,} of {mllm.count(self.recipe.train):,} weights may move for forgetting")
+            say(f"mask: {kept:,} of {mllm.count(recipe.train):,} weights {what}")
             versions = {
                 "recipe": self.recipe.digest(),
                 "torch": torch.__version__,
@@ -216,35 +231,54 @@ class Run:
         self.stages.run("mask", work)
 
     def _unlearn(self, vanilla: str) -> dict[str, Any]:
-        recipe, masked = self.recipe, self.recipe.mask.scope == "all" and self.recipe.mask.kind != "none"
+        recipe, masked = self.recipe, self.recipe.keeps_masked_weights
 
         def work() -> dict[str, Any]:
             mllm = self._load(vanilla)
             mllm.check_prompt_is_prefix(self.splits.forget[0])
             parameters = mllm.parameters(recipe.train)
-            mask = (
-                saliency.load_mask(self.folder / "mask.safetensors", parameters) if recipe.mask.kind != "none" else None
-            )
+            mask = saliency.load_mask(self.folder / "mask.safetensors", parameters) if self._has_mask else None
             asked = self._witness_pairs()
             before = proofs.witness(mllm, asked, list(parameters), mask)
             resume = self.folder / "checkpoints" / "unlearn.pt"
-            unlearn(mllm, recipe, self.splits, mask, resume=resume, record=self._record)
+            taught_for = None
+            if recipe.procedure == "tune":
+                unlearn(
+                    mllm,
+                    recipe,
+                    self.splits,
+                    mask,
+                    resume=resume,
+                    record=self._record,
+                    reference=lambda: self._load(self._retain_only()),
+                )
+            else:
+                self._record([])
+                if mask is not None:
+                    pruning.prune(parameters, mask)
+                else:
+                    source = self._retain_only()
+                    taught_for, mllm = teaching_seconds(source), self._load(source)
             with atomic_folder(self.folder / "model") as temporary:
                 save(mllm, temporary)
             after = proofs.witness(mllm, asked, list(parameters), mask)
             outcome = {
                 "trainable_parameters": mllm.count(recipe.train),
-                "active_parameters": active_parameters(parameters, mask, recipe.mask.scope),
-                "total_parameters": mllm.count(ALL_PARTS),
+                "active_parameters": active_parameters(parameters, mask if masked else None),
+                "total_parameters": mllm.count(PARTS),
             }
             trained = list(parameters)
             del mllm, parameters
             reloaded = proofs.witness(self._load(str(self.folder / "model")), asked, trained, mask)
             resume.unlink(missing_ok=True)
-            return {**outcome, "proofs": proofs.compare(before, after, reloaded, masked=masked)}
+            compared = proofs.compare(before, after, reloaded, masked=masked)
+            return {**outcome, "teaching_seconds": taught_for, "proofs": compared}
 
         result: dict[str, Any] = self.stages.run("unlearn", work)
         return result
+
+    def _retain_only(self) -> str:
+        return starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=False)
 
     def _record(self, history: History) -> None:
         write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
@@ -321,11 +355,14 @@ class Run:
             f"{stage}_seconds": self.stages.seconds(stage)
             for stage in ("teach", "mask", "unlearn", "evaluate", "relearn")
         }
+        if outcome["teaching_seconds"] is not None:
+            seconds["unlearn_seconds"] = outcome["teaching_seconds"]
         metrics = {
             "schema": 1,
             "recipe": self.recipe.name,
             "adapter": self.recipe.adapter,
             "method": self.recipe.method,
+            "train": list(self.recipe.train),
             "seed": self.recipe.seed,
             "models": cells,
             **({"taught": {"test_vqa_all_people": taught}} if taught else {}),
@@ -333,7 +370,7 @@ class Run:
             "relearn": relearn.summarise(curves, cells["vanilla"]["test_vqa"]["exact_match"]),
             "cost": {
                 **seconds,
-                "total_seconds": self.stages.seconds(),
+                "total_seconds": self.stages.seconds() - self.stages.seconds("unlearn") + seconds["unlearn_seconds"],
                 "peak_memory_bytes": self.stages.peak_memory(),
                 "trainable_parameters": outcome["trainable_parameters"],
                 "active_parameters": outcome["active_parameters"],

@@ -1,4 +1,4 @@
-"""The saliency mask: which visual weights may move for forgetting.
+"""The saliency mask: which of the trained weights may move for forgetting.
 
 Sources: the ratio of squared gradients is MMUnlearner's selection (Huo et al., arXiv 2502.11051), top-k of the forget
 gradient is SalUn's (Fan et al., arXiv 2310.12508). Differences from the public code: gradients are squared and summed
@@ -52,7 +52,7 @@ def accumulate(
         logits = mllm.model(**batch.inputs).logits
         loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
         if not loss.requires_grad:
-            continue  # text alone never meets the visual modules
+            continue  # text alone meets nothing that is trained, where only visual modules are
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
@@ -70,14 +70,18 @@ def build_mask(
     *,
     seed: int,
     batch_size: int = 16,
+    text: Sequence[ImageQuestionPair] = (),
 ) -> Mask:
     """Score every weight, cut, and check the mask. Raises RecipeError when it selects none or all.
 
+    `text`: text-only pairs, as many of which count among the retain pairs with `preserve: retain_and_text`.
     A parameter that no gradient of the drawn forget pairs reaches may not move, and `density` is a share of the others;
     a random mask looks at no gradient and draws from all.
     """
     generator = torch.Generator().manual_seed(seed)
-    forget, retain = (_draw(pairs, config.pairs, generator) for pairs in (forget, retain))
+    forget, retain = (draw(pairs, config.pairs, generator) for pairs in (forget, retain))
+    if config.preserve == "retain_and_text":
+        retain = [*retain, *draw(text, config.pairs, generator)]
 
     def saliency(pairs: Sequence[ImageQuestionPair], squared: bool, what: str) -> dict[str, Tensor]:
         return accumulate(mllm, pairs, parameters, squared=squared, batch_size=batch_size, what=what)
@@ -198,6 +202,7 @@ def _spread(per_unit: Tensor, shape: torch.Size) -> Tensor:
     return per_unit.view(-1, *[1] * (len(shape) - 1)).expand(shape) if per_unit.dim() < len(shape) else per_unit
 
 
-def _draw(pairs: Sequence[ImageQuestionPair], size: int, generator: torch.Generator) -> list[ImageQuestionPair]:
+def draw(pairs: Sequence[ImageQuestionPair], size: int, generator: torch.Generator) -> list[ImageQuestionPair]:
+    """At most `size` of `pairs`, in a random order."""
     order: Iterable[int] = torch.randperm(len(pairs), generator=generator)[:size].tolist()
     return [pairs[i] for i in order]

@@ -23,6 +23,8 @@ Kind = Literal["identity", "visible", "text"]
 Part = Literal["encoder", "projector", "language_model"]
 """The three parts into which every adapter splits the parameters of its model."""
 
+PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
+
 Scope = Literal["visual", "full"]
 """What an attacker tunes: the visual modules alone, or every weight."""
 
@@ -81,8 +83,9 @@ class Splits:
     `forget` and `retain` are trained on (unlearning, mask, attack). `columns` are measured; keys are the columns of
     `metrics.json`. Photos and phrasings of `test_vqa` and `retain_vqa` occur neither in `forget` nor in `retain`.
     `teach` makes a vanilla model that knows everybody, group by group (`teach.shares`); `teach_retain` is the same
-    without the forgotten people; `taught` asks the vanilla model about everybody, on unseen photos. Sources without a
-    fictitious cast leave these three empty.
+    without the forgotten people; `taught` asks the vanilla model about everybody, on unseen photos. `text` holds
+    text-only questions about everybody in phrasings that no column measures, for methods that want such knowledge
+    preserved. Sources without a fictitious cast leave these four empty.
     """
 
     forget: tuple[ImageQuestionPair, ...]
@@ -93,6 +96,7 @@ class Splits:
     teach: Mapping[str, tuple[ImageQuestionPair, ...]] = field(default_factory=dict)
     teach_retain: Mapping[str, tuple[ImageQuestionPair, ...]] = field(default_factory=dict)
     taught: tuple[ImageQuestionPair, ...] = ()
+    text: tuple[ImageQuestionPair, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

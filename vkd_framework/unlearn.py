@@ -1,7 +1,7 @@
-"""VKD: forget people by tuning the visual modules only, supervised by answers and by a teacher's visual features.
+"""The loop that unlearns, the same for every method that trains: the recipe decides losses, mask, parts and phases.
 
-Source: Wang et al., arXiv 2512.11325 (the losses are a reconstruction, see `losses`). The schedule in phases is ours:
-forget strongly, then repair with a weak forget term left on.
+The default is VKD (Wang et al., arXiv 2512.11325; the losses are a reconstruction, see `losses`): it tunes the visual
+modules only. Its schedule in phases is ours: forget strongly, then repair with a weak forget term left on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from vkd_framework.batches import Batches
 from vkd_framework.checkpoint import load_training, save_training
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import DivergedError, RecipeError
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
@@ -36,12 +36,17 @@ def unlearn(
     *,
     resume: Path,
     record: Callable[[History], None],
+    reference: Callable[[], MLLM] | None = None,
 ) -> History:
-    """Tune the visual modules of `mllm` in place; returns one entry a step. `resume` keeps a state to go on from."""
+    """Tune the parts in `train` in place; returns one entry a step. `resume` keeps a state to go on from.
+
+    `reference` loads the retain-only model, for losses that compare with it. Raises DivergedError when a loss or its
+    gradient is not finite, before the weights take it in.
+    """
     config = recipe.unlearn
     parameters = trainable(mllm, recipe.train)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if mask else {}
-    objective = Objective(mllm, recipe, splits)
+    objective = Objective(mllm, recipe, splits, reference=reference)
     forget = Batches(splits.forget, config.forget_batch, recipe.seed)
     retain = Batches(splits.retain, config.retain_batch, recipe.seed + 1)
     attacker = SimulatedAttacker(
@@ -82,6 +87,7 @@ def unlearn(
         if mask and recipe.mask.scope == "all":
             mask_gradients(parameters, mask)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+        check_finite(step, {**forget_terms, **retain_terms, "the gradient": float(norm)})
         optimizer.step()
         if mask and recipe.mask.scope == "all":
             restore_masked(parameters, mask, start)
@@ -91,6 +97,16 @@ def unlearn(
     mllm.model.requires_grad_(False)
     record(history)
     return history
+
+
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raise DivergedError for the first value that is infinite or not a number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"unlearn: at step {step} {name} is {value}, the model has run away; lower unlearn.learning_rate or "
+                "unlearn.steps, or take a method whose forget term is bounded (see `vkd methods`)"
+            )
 
 
 def phase_at(step: int, config: UnlearnConfig) -> int:
@@ -113,8 +129,8 @@ def rate_factor(step: int, config: UnlearnConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - start) / (config.steps - start)))
 
 
-def active_parameters(parameters: Mapping[str, nn.Parameter], mask: Mask | None, scope: str) -> int:
-    """How many weights can move at all: with a mask of scope `all` the masked-in ones, otherwise all trained ones."""
-    if mask and scope == "all":
-        return sum(int(m.sum()) for m in mask.values())
+def active_parameters(parameters: Mapping[str, nn.Parameter], kept: Mask | None) -> int:
+    """How many weights can move at all: those of a mask outside of which nothing may, otherwise all trained ones."""
+    if kept is not None:
+        return sum(int(m.sum()) for m in kept.values())
     return sum(parameter.numel() for parameter in parameters.values())

@@ -8,6 +8,7 @@ recipe or adapter never finds a stale model.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from vkd_framework.cache import cache_folder
-from vkd_framework.checkpoint import atomic_folder
+from vkd_framework.checkpoint import atomic_folder, read_json, write_json
 from vkd_framework.errors import RecipeError
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.progress import say
@@ -27,6 +28,9 @@ from vkd_framework.types import ImageQuestionPair, Splits
 
 ENCODED = 16
 """About how many pairs stand for how all of them are encoded and labelled."""
+
+TEACHING = "teaching.json"
+"""The file beside a taught model that says how long it took."""
 
 LAYOUT = 1
 """Raise when teaching changes in a way that no setting shows, so that older caches are not used."""
@@ -62,10 +66,20 @@ def starting_model(
         if not folder.exists():
             what = "teach the vanilla model" if knows_forgotten else "teach the retain-only reference"
             say(f"{what}: {recipe.teach.steps} steps on {len(pairs):,} pairs, once; then kept in {folder}")
+            begin = time.perf_counter()
             teach(untaught, groups, recipe.teach, what=what, resume=Path(f"{folder}.partial.pt"))
             with atomic_folder(folder) as temporary:
                 save(untaught, temporary)
+                write_json(temporary / TEACHING, {"seconds": time.perf_counter() - begin})
     return str(folder)
+
+
+def teaching_seconds(source: str) -> float | None:
+    """How long the model in the cache folder `source` was taught, after the last interruption; None if not recorded."""
+    try:
+        return float(read_json(Path(source) / TEACHING)["seconds"])
+    except OSError:
+        return None
 
 
 def device_of(recipe: Recipe) -> str:

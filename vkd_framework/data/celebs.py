@@ -318,6 +318,7 @@ def load(config: CelebsData) -> Splits:
             for group, pairs in teach.items()
         },
         taught=tuple(about_unseen("taught", _each(people, IDENTITY, unseen))),
+        text=teach["text"],
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vkd_framework.methods import METHODS
 from vkd_framework.report.formatting import (
     ABSENT,
     NBSP,
@@ -20,10 +21,11 @@ from vkd_framework.report.formatting import (
     size,
 )
 from vkd_framework.report.table import cell_of
+from vkd_framework.types import PARTS
 
 PAPER = "arXiv 2512.11325"
 
-METHOD_NOTE = (
+VKD_NOTE = (
     "The exact losses, layers, weights and learning rates of VKD (Visual Knowledge Distillation, "
     f"{PAPER}) are not public. What ran here is a reconstruction from the paper's description; "
     "its numbers are this reconstruction's and not the paper's."
@@ -44,7 +46,7 @@ PROOF_STATEMENTS = {
     "text_only_max_logit_difference": (
         "Text-only answers are bit-identical",
         "Largest difference of any logit between the vanilla and the unlearned model on prompts without a photo; it "
-        "must be exactly 0. A method that also tunes the language model cannot pass.",
+        "must be exactly 0, unless the method also changes the language model.",
     ),
     "frozen_parameters_identical": (
         "Frozen parameters are untouched",
@@ -59,6 +61,9 @@ PROOF_STATEMENTS = {
         "Loaded again from disk, the saved model gives the same outputs as the one that was measured.",
     ),
 }
+
+_NOT_PROMISED = "The method changes the language model too, so text-only answers are measured and not promised to stay."
+_NOTHING_FROZEN = "The method may change every weight: nothing was frozen."
 
 _NOT_APPLICABLE = {
     "masked_parameters_identical": "Without a mask, or with mask scope “forget”, every tuned weight may move.",
@@ -168,11 +173,20 @@ def attack_sentence(metrics: Mapping[str, Any]) -> str:
     return f"{text} It then scores {amount} {side} than a model that never knew these people, attacked alike."
 
 
+def method_note(metrics: Mapping[str, Any]) -> str:
+    """Where the method comes from, and how far what ran here is the authors' own."""
+    name = metrics.get("method")
+    method = METHODS.get(name) if isinstance(name, str) else None
+    if method is None or str(name).startswith("vkd"):
+        return VKD_NOTE
+    return f"{name}: {method.summary}. Source: {method.source}. {method.differs}"
+
+
 def proof_rows(metrics: Mapping[str, Any]) -> list[Proof]:
     """Every proof with its verdict: the known ones always, others as they are named."""
     proofs = metrics.get("proofs") or {}
     names = [*PROOF_STATEMENTS, *(name for name in proofs if name not in PROOF_STATEMENTS)]
-    return [_proof(name, proofs) for name in names]
+    return [_proof(name, proofs, _waived(name, metrics)) for name in names]
 
 
 def cost_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -267,9 +281,22 @@ def _text_verdict(metrics: Mapping[str, Any]) -> str:
     return "bit-identical" if difference == 0 else "not identical"
 
 
-def _proof(name: str, proofs: Mapping[str, Any]) -> Proof:
+def _waived(name: str, metrics: Mapping[str, Any]) -> str:
+    """Why the method of the run does not promise what a proof says; nothing when it does."""
+    train = metrics.get("train") or ()
+    if name == "text_only_max_logit_difference" and "language_model" in train:
+        return _NOT_PROMISED
+    if name == "frozen_parameters_identical" and set(train) == set(PARTS):
+        return _NOTHING_FROZEN
+    return ""
+
+
+def _proof(name: str, proofs: Mapping[str, Any], waived: str) -> Proof:
     title, statement = PROOF_STATEMENTS.get(name, (name, ""))
     value = proofs.get(name)
+    if value is not None and waived:
+        measured = ABSENT if isinstance(value, bool) else significant(value) if is_number(value) else str(value)
+        return Proof(title, statement, measured, "not applicable", waived)
     if value is None:
         reason = (_NOT_APPLICABLE.get(name) if name in proofs else None) or "Not measured in this run."
         return Proof(title, statement, ABSENT, "not applicable", reason)

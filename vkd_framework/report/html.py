@@ -96,7 +96,7 @@ def render_html(
         cost=findings.cost_rows(metrics),
         environment=flatten(environment),
         recipe_text=recipe_text,
-        method_note=findings.METHOD_NOTE,
+        method_note=findings.method_note(metrics),
         evidence_note=findings.EVIDENCE_NOTE,
         box=charts,
     )

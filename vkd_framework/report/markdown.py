@@ -46,7 +46,7 @@ def render_markdown(
         "## Recipe",
         fenced(recipe_text, "yaml"),
         "## On the method and on this evidence",
-        findings.METHOD_NOTE,
+        findings.method_note(metrics),
         findings.EVIDENCE_NOTE,
     ]
     return "\n\n".join(sections) + "\n"

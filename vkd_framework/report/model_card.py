@@ -14,6 +14,7 @@ from vkd_framework.report.markdown import column_section, escape, proof_table, t
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 # Paths, commands and recipe names often carry the name of the person they are about; versions never do.
+_RESTORED = ", and putting the original visual modules back into this model restores it"
 _SHOWN_ENVIRONMENT = frozenset({"python", "torch", "transformers", "tokenizers", "vkd_framework", "vkd-framework"})
 
 _LOADING = """\
@@ -69,10 +70,10 @@ def render_model_card(
         findings.EVIDENCE_NOTE,
         "Where the proofs say that text-only answers are bit-identical, text questions that name a forgotten person "
         "are answered as before: recognition was unlearned, text knowledge was not. Whoever holds the original weights "
-        "holds the forgotten knowledge, and putting the original visual modules back into this model restores it.",
+        f"holds the forgotten knowledge{_RESTORED if 'language_model' not in metrics.get('train', ()) else ''}.",
         *_versions(environment),
         "## Method and citation",
-        findings.METHOD_NOTE,
+        findings.method_note(metrics),
         _CITATION,
     ]
     return "\n\n".join(sections) + "\n"

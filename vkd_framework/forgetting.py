@@ -1,0 +1,87 @@
+"""What is done to the forgotten answers at the output: the forms of `losses.forget_output`.
+
+An answer is made unlikely (`capped_ascent`, `ascent`, `npo`), or another one is taught in its place (`refusal`,
+`relabel`). Whatever a form needs to know of the starting model is remembered before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vkd_framework import losses
+from vkd_framework.answers import refused, relabelled
+from vkd_framework.errors import RecipeError
+from vkd_framework.plugins import MLLM
+from vkd_framework.recipe import Recipe
+from vkd_framework.types import EncodedBatch, ImageQuestionPair, Splits
+
+
+class ForgetOutput:
+    """The forget term at the output, in the recipe's form. `reference` loads the retain-only model, where it is asked.
+
+    Raises RecipeError when a pair has no wrong answer that could be taught.
+    """
+
+    def __init__(self, mllm: MLLM, recipe: Recipe, splits: Splits, reference: Callable[[], MLLM] | None) -> None:
+        self._term = recipe.losses.forget_output
+        self.weight = self._term.weight
+        self._targets: dict[str, ImageQuestionPair] = {}
+        self._before: dict[str, float] = {}
+        if not self.weight:
+            return
+        if self._term.form == "refusal":
+            self._targets = refused(splits.forget, self._term.refusals, recipe.seed)
+        if self._term.form == "relabel":
+            self._targets = _wrong_answers(splits, recipe.seed)
+        if self._term.form == "npo":
+            # A number a pair, so that no second model is needed in training.
+            asked = reference() if self._term.reference == "retain_only" and reference else mllm
+            self._before = self._log_probabilities(asked, splits.forget)
+
+    def targets(self, pairs: Sequence[ImageQuestionPair]) -> list[ImageQuestionPair]:
+        """The pairs with the answers that the term looks at: their own, or those taught in their place."""
+        return [self._targets.get(pair.id, pair) for pair in pairs]
+
+    def loss(self, pairs: Sequence[ImageQuestionPair], batch: EncodedBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The term, unweighted, and the cross-entropy `[B]` it is made of; `logits` `[B, L, V]` of the `targets`."""
+        answer = self._tokens(batch)
+        cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
+        if self._term.form == "capped_ascent":
+            return losses.capped_ascent(cross_entropy, self._term.cap), cross_entropy
+        if self._term.form == "ascent":
+            return losses.ascent(cross_entropy), cross_entropy
+        if self._term.form == "npo":
+            before = cross_entropy.new_tensor([self._before[pair.id] for pair in pairs])
+            return losses.npo(-cross_entropy * answer.sum(dim=1), before, self._term.beta), cross_entropy
+        return cross_entropy.mean(), cross_entropy
+
+    def _tokens(self, batch: EncodedBatch) -> Tensor:
+        return batch.content if self._term.tokens == "content" else batch.labels != -100
+
+    @torch.no_grad()
+    def _log_probabilities(
+        self, mllm: MLLM, pairs: Sequence[ImageQuestionPair], batch_size: int = 64
+    ) -> dict[str, float]:
+        """Pair id -> log-probability of its whole answer, in nats."""
+        found: dict[str, float] = {}
+        for start in range(0, len(pairs), batch_size):
+            chunk = pairs[start : start + batch_size]
+            batch = mllm.tokenize(chunk)
+            answer = self._tokens(batch)
+            logits = mllm.model(**batch.inputs).logits
+            mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
+            found |= dict(zip((pair.id for pair in chunk), (-mean * answer.sum(dim=1)).tolist(), strict=True))
+        return found
+
+
+def _wrong_answers(splits: Splits, seed: int) -> dict[str, ImageQuestionPair]:
+    found = relabelled(splits.forget, (*splits.retain, *splits.forget), seed)
+    if lacking := next((pair for pair in splits.forget if pair.id not in found), None):
+        raise RecipeError(
+            f"losses.forget_output.form: relabel finds no wrong answer for pair {lacking.id!r}: it has no options, and "
+            "nobody else is asked the same; add options to the data, or take form: refusal"
+        )
+    return found
