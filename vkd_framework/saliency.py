@@ -75,8 +75,8 @@ def build_mask(
     """Score every weight, cut, and check the mask. Raises RecipeError when it selects none or all.
 
     `text`: text-only pairs, as many of which count among the retain pairs with `preserve: retain_and_text`.
-    A parameter that no gradient of the drawn forget pairs reaches may not move, and `density` is a share of the others;
-    a random mask looks at no gradient and draws from all.
+    A parameter that no gradient of the drawn forget pairs reaches may not move, and `density` is a share of the others.
+    That holds for a random mask too, so that it lets as many weights move as another of the same density.
     """
     generator = torch.Generator().manual_seed(seed)
     forget, retain = (draw(pairs, config.pairs, generator) for pairs in (forget, retain))
@@ -86,19 +86,17 @@ def build_mask(
     def saliency(pairs: Sequence[ImageQuestionPair], squared: bool, what: str) -> dict[str, Tensor]:
         return accumulate(mllm, pairs, parameters, squared=squared, batch_size=batch_size, what=what)
 
-    silent: list[str] = []
+    of_forget = saliency(forget, config.kind == "ratio", "saliency of the forget set")
+    if silent := without_gradient(of_forget):
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        say(f"mask: no gradient reaches {silent[0]}{more}: no drawn pair depends on them, they may not move")
     if config.kind == "random":
         scores = _random_scores(parameters, config.granularity, generator)
+    elif config.kind == "ratio":
+        of_retain = saliency(retain, True, "saliency of the retain set")
+        scores = ratio_scores(of_forget, of_retain, config.granularity)
     else:
-        of_forget = saliency(forget, config.kind == "ratio", "saliency of the forget set")
-        if silent := without_gradient(of_forget):
-            more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
-            say(f"mask: no gradient reaches {silent[0]}{more}: no drawn pair depends on them, they may not move")
-        if config.kind == "ratio":
-            of_retain = saliency(retain, True, "saliency of the retain set")
-            scores = ratio_scores(of_forget, of_retain, config.granularity)
-        else:
-            scores = {name: _by_unit(g.abs(), config.granularity) for name, g in of_forget.items()}
+        scores = {name: _by_unit(g.abs(), config.granularity) for name, g in of_forget.items()}
     heard = {name: score for name, score in scores.items() if name not in silent}
     mask = cut(heard, density=config.density, threshold=config.threshold) if heard else {}
     kept, size = count(mask), sum(m.numel() for m in mask.values())
