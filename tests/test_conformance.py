@@ -26,7 +26,14 @@ from vkd_framework.plugins import Adapter, installed_adapters, load_adapter
 from vkd_framework.testing import CheckResult, assert_conforms, check_adapter, find_adapter, table
 from vkd_framework.testing.checks import ADAPTER_CHECKS, MODEL_CHECKS
 from vkd_framework.testing.outcomes import one_line
-from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, VisionModules
+from vkd_framework.types import (
+    DistillationLayer,
+    EncodedBatch,
+    FeatureGrid,
+    FeatureRows,
+    ImageQuestionPair,
+    VisionModules,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
 NAMES = [check.name for check in (*ADAPTER_CHECKS, *MODEL_CHECKS)]
@@ -104,6 +111,17 @@ def rows_as(change: Callable[[Any, Mapping[str, Tensor], DistillationLayer, Feat
         return change(model, inputs, layer, generic.feature_rows(model, inputs, layer, rows))
 
     return {"vkd_feature_rows": rows}
+
+
+def grid_as(change: Callable[[FeatureGrid], FeatureGrid], base: str = "qwen_vl") -> Hooks:
+    def grid(model: Any, inputs: Any, layer: DistillationLayer, assigned: FeatureRows, photos: Any) -> FeatureGrid:
+        return change(family(base).vkd_feature_grid(model, inputs, layer, assigned, photos))
+
+    return {"vkd_feature_grid": grid}
+
+
+def column_by_column(grid: FeatureGrid) -> FeatureGrid:
+    return replace(grid, box=grid.box[:, [1, 0, 3, 2]])
 
 
 def loaded_as(change: Callable[[Any], None]) -> Hooks:
@@ -482,6 +500,9 @@ MISTAKES: dict[str, tuple[tuple[str, str], Hooks, str, str]] = {
     ),
     "other features without the language model": (
         QWEN, loaded_as(scaling_on_the_way), "vision-alone-gives-the-same-features", r"vision\.0 differs"
+    ),
+    "rows placed column by column": (
+        QWEN, grid_as(column_by_column), "rows-lie-where-the-grid-says", "they change .* on average, and the"
     ),
     "features that overflow": (QWEN, loaded_as(overflowing), "real-rows-are-finite", r"rows \(0"),
     "rows whose gradients reach other photos": (

@@ -22,7 +22,7 @@ from vkd_adapters import qwen_vl
 from vkd_framework import hookspecs
 from vkd_framework.cli import main
 from vkd_framework.errors import ModelError, RecipeError
-from vkd_framework.features import FeatureTap, photo_features, vision_forward
+from vkd_framework.features import FeatureTap, photo_features, photo_grid, vision_forward
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.recipe import DATA_KINDS, Recipe, load_recipe
 from vkd_framework.types import ImageQuestionPair, Photo
@@ -116,6 +116,19 @@ def _rows(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
     assert len(tap.features["projector"]) == len(found["projector"].rows)
 
 
+def _grid(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
+    from PIL import Image
+
+    photos = [Photo(str(i), Image.new("RGB", (48, 32), "olive")) for i in range(2)]
+    pairs = [ImageQuestionPair(photo.key, "What is shown?", "a cat", (photo,)) for photo in photos]
+    inputs = mllm.tokenize(pairs).inputs
+    with FeatureTap(mllm.model, mllm.layers) as tap:
+        vision_forward(mllm, inputs)
+    grid = photo_grid(mllm, inputs, tap, mllm.layer("projector"), [[(48, 32)]] * 2)
+    assert grid.photo.tolist() == [0] * 6 + [1] * 6
+    assert grid.box[1].tolist() == pytest.approx([1 / 3, 0, 2 / 3, 1 / 2])
+
+
 def _stop_tokens(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
     assert mllm.processor.tokenizer.decode([mllm.stop_ids[0]]) == "<|im_end|>"
     assert len(set(mllm.stop_ids)) == len(mllm.stop_ids)
@@ -140,6 +153,7 @@ EXERCISES = {
     "vkd_list_distillation_layers": _layers,
     "vkd_tokenize_pairs": _tokenize,
     "vkd_feature_rows": _rows,
+    "vkd_feature_grid": _grid,
     "vkd_stop_token_ids": _stop_tokens,
     "vkd_refused_model_types": _refused,
     "vkd_model_presets": _presets,

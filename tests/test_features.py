@@ -7,9 +7,9 @@ import torch
 from conftest import asked_about, picture
 from torch import Tensor
 
-from vkd_framework.features import FeatureTap, PhotoFeatures, Teacher, photo_features, vision_forward
+from vkd_framework.features import FeatureTap, PhotoFeatures, photo_features, vision_forward
 from vkd_framework.plugins import MLLM
-from vkd_framework.types import ImageQuestionPair, Splits
+from vkd_framework.types import ImageQuestionPair
 
 TEXT_ROW = 1
 
@@ -100,45 +100,6 @@ def test_the_gradient_of_a_sample_reaches_only_the_pixels_of_its_own_photo(
             features.rows[features.sample == chosen].square().sum(), pixels, retain_graph=True
         )
         assert set(owner[gradient.abs().sum(dim=1) > 0].tolist()) == {chosen}
-
-
-@torch.no_grad()
-def test_the_teacher_remembers_what_a_fresh_pass_computes(tiny: MLLM, splits: Splits) -> None:
-    pairs = [*splits.forget[:7], *splits.retain[-3:]]
-    teacher = Teacher(tiny, ["vision.1", "projector"], pairs, batch_size=3)
-    for chosen in (pairs[:1], pairs[2:5], [pairs[9], pairs[0]]):
-        fresh = tapped(tiny, chosen)
-        for layer in ("vision.1", "projector"):
-            torch.testing.assert_close(teacher.rows(layer, chosen), fresh[layer].rows, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_the_teacher_gives_rows_in_the_order_of_the_student(tiny: MLLM, pairs: list[ImageQuestionPair]) -> None:
-    teacher = Teacher(tiny, ["vision.0"], pairs)
-    shuffled = [pairs[3], pairs[1], pairs[0], pairs[2]]
-    torch.testing.assert_close(
-        teacher.rows("vision.0", shuffled), tapped(tiny, shuffled)["vision.0"].rows, atol=1e-5, rtol=1e-4
-    )
-
-
-@torch.no_grad()
-def test_the_teacher_does_not_follow_the_student(student: MLLM, pairs: list[ImageQuestionPair]) -> None:
-    teacher = Teacher(student, ["projector"], pairs)
-    before = teacher.rows("projector", pairs).clone()
-    for parameter in student.parameters(["encoder", "projector"]).values():
-        parameter.mul_(1.5)
-    assert torch.equal(teacher.rows("projector", pairs), before)
-    assert not torch.allclose(tapped(student, pairs)["projector"].rows, before)
-
-
-def test_the_teachers_features_carry_no_gradient(student: MLLM, pairs: list[ImageQuestionPair]) -> None:
-    student.model.requires_grad_(True)
-    assert not Teacher(student, ["projector"], pairs).rows("projector", pairs).requires_grad
-
-
-def test_a_teacher_without_layers_holds_nothing(tiny: MLLM, pairs: list[ImageQuestionPair]) -> None:
-    assert Teacher(tiny, [], pairs).bytes == 0
-    assert Teacher(tiny, ["projector"], pairs).bytes > 0
 
 
 def test_hooks_are_gone_after_the_block_even_when_it_raises(tiny: MLLM) -> None:

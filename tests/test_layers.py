@@ -20,7 +20,18 @@ MODULES = {
 FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods", "intervals"),
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
-    ("data", "batches", "features", "losses", "saliency", "pruning"),
+    (
+        "data",
+        "batches",
+        "features",
+        "alignment",
+        "external",
+        "substitutes",
+        "teachers",
+        "losses",
+        "saliency",
+        "pruning",
+    ),
     (
         *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn"),
         *("vanilla", "proofs", "probe"),

@@ -14,12 +14,17 @@ from vkd_framework.losses import (
     ascent,
     attract,
     capped_ascent,
+    cka,
     cosine,
     kl_divergence,
     npo,
     relative_squared,
     repel,
+    similarity,
 )
+
+RELATIONAL_DISTANCES = pytest.mark.parametrize("distance", [cka, similarity])
+ONE = torch.zeros(9, dtype=torch.long)
 
 
 def test_cross_entropy_is_the_mean_over_each_samples_own_answer_tokens() -> None:
@@ -137,9 +142,9 @@ def test_repel_gives_a_finite_gradient_where_student_and_teacher_are_still_equal
 @pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES.keys())
 def test_a_step_down_attract_pulls_and_a_step_down_repel_pushes(distance: Distance) -> None:
     generator = torch.Generator().manual_seed(0)
-    teacher = torch.randn(4, 6, generator=generator)
-    start = teacher + 0.3 * torch.randn(4, 6, generator=generator)
-    sample = torch.tensor([0, 0, 1, 1])
+    teacher = torch.randn(8, 6, generator=generator)
+    start = teacher + 0.3 * torch.randn(8, 6, generator=generator)
+    sample = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
 
     def after_a_step(term: str) -> Tensor:
         student = start.clone().requires_grad_(True)
@@ -220,3 +225,53 @@ def test_answer_logits_are_those_before_each_answer_token_in_order() -> None:
     logits = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
     answer = torch.tensor([[False, True, False, True], [False, False, True, False]])
     assert torch.equal(answer_logits(logits, answer), torch.stack([logits[0, 0], logits[0, 2], logits[1, 1]]))
+
+
+def features(rows: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_cka_against_its_formula_in_feature_space() -> None:
+    x, y = features(9, 5).double(), features(9, 7, seed=1).double()
+    x_centred, y_centred = x - x.mean(dim=0), y - y.mean(dim=0)
+    between = (x_centred.T @ y_centred).norm() ** 2
+    within = (x_centred.T @ x_centred).norm() * (y_centred.T @ y_centred).norm()
+    assert cka(x.float(), y.float(), ONE, 1).item() == pytest.approx(1 - (between / within).item(), rel=1e-4)
+
+
+def test_similarity_against_a_hand_computation() -> None:
+    student = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # at right angles: cosine 0
+    teacher = torch.tensor([[1.0, 0.0, 0.0], [5.0, 0.0, 0.0]])  # alike: cosine 1
+    assert similarity(student, teacher, torch.zeros(2, dtype=torch.long), 1).item() == pytest.approx(2 / 4)
+
+
+@RELATIONAL_DISTANCES
+def test_relational_distances_do_not_see_rotation_or_scale(distance: Distance) -> None:
+    student, teacher = features(9, 6), features(9, 4, seed=1)
+    rotation, _ = torch.linalg.qr(features(6, 6, seed=2))
+    before = distance(student, teacher, ONE, 1)
+    torch.testing.assert_close(distance(30 * student @ rotation, 0.01 * teacher, ONE, 1), before, atol=1e-5, rtol=1e-4)
+    stretched = student * torch.tensor([5.0, 1, 1, 1, 1, 1])
+    assert not torch.allclose(distance(stretched, teacher, ONE, 1), before, atol=1e-3)
+
+
+@RELATIONAL_DISTANCES
+def test_relational_distances_see_rows_that_change_places(distance: Distance) -> None:
+    rows = features(9, 6)
+    assert distance(rows, rows.flip(0), ONE, 1).item() > 0.05
+
+
+def test_cka_does_not_see_what_all_rows_of_a_photo_share_and_similarity_does() -> None:
+    rows = features(9, 6)
+    assert cka(rows + 2, rows, ONE, 1).item() == pytest.approx(0, abs=1e-5)
+    assert similarity(rows + 2, rows, ONE, 1).item() > 0.05
+
+
+@RELATIONAL_DISTANCES
+def test_relational_distances_compare_no_rows_of_different_samples(distance: Distance) -> None:
+    student, teacher = features(9, 6), features(9, 4, seed=1)
+    sample = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0])
+    together = distance(student, teacher, sample, 2)
+    for b in (0, 1):
+        alone = distance(student[sample == b], teacher[sample == b], ONE[: int((sample == b).sum())], 1)
+        torch.testing.assert_close(together[b : b + 1], alone)

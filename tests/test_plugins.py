@@ -17,7 +17,7 @@ from vkd_framework.errors import AdapterError, ModelError, RecipeError
 from vkd_framework.generic import locate_vision_modules, tokenize_pairs
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.plugins import MLLM, Adapter, load_adapter, partition
-from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, VisionModules
+from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureGrid, FeatureRows, VisionModules
 
 TYPE = "qwen2_vl"
 
@@ -251,6 +251,23 @@ def test_an_unknown_layer_is_answered_with_its_place_and_the_nearest(tiny: MLLM)
         match=r"losses\.repel\.layers: 'vison\.1'.*did you mean 'vision\.1'\?.*vision\.0 to vision\.2, projector",
     ):
         tiny.layer("vison.1", "losses.repel.layers")
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("grid", "must return FeatureGrid"),
+        (FeatureGrid(torch.zeros(4, dtype=torch.long), torch.zeros(4, 2)), "must place 4 rows"),
+        (FeatureGrid(torch.full((4,), 2), torch.tensor([[0.0, 0, 1, 1]] * 4)), "beyond the batch's 2 photos"),
+        (FeatureGrid(torch.zeros(4, dtype=torch.long), torch.tensor([[0.0, 0, 2, 1]] * 4)), "boxes within 0 and 1"),
+        (FeatureGrid(torch.zeros(4, dtype=torch.long), torch.tensor([[1.0, 0, 0, 1]] * 4)), "left before right"),
+    ],
+)
+def test_a_grid_must_place_every_real_row_on_a_photo(tiny: MLLM, answer: Any, told: str) -> None:
+    adapter = adapter_with(vkd_feature_grid=lambda: answer)
+    assigned = FeatureRows(torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(AdapterError, match=f"'mine', hook vkd_feature_grid: .*{told}"):
+        adapter.feature_grid(tiny.model, {}, tiny.layers[0], assigned, [[(48, 48)], [(48, 48)]])
 
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(tiny: MLLM) -> None:
@@ -520,3 +537,26 @@ def test_a_hub_that_cannot_be_found_is_not_asked(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
     line = told(vkd(tmp_path, "inspect-layers", "nobody/nothing"))
     assert "not to be had from the hub (hub.invalid cannot be found from this machine)" in line
+
+
+RENAMING = """
+from dataclasses import replace
+from vkd_adapters.qwen_vl import *
+@hookimpl
+def vkd_list_distillation_layers(model, modules):
+    layers = generic.list_distillation_layers(model, modules)
+    return [replace(layers[0], name={name!r}), *layers[1:]]
+"""
+
+
+def test_an_adapter_that_was_edited_shows_no_stale_layers(tmp_path: Path, tiny: MLLM) -> None:
+    install(tmp_path, "vkd-edited", "edited_vkd", RENAMING.format(name="vision.00"), ("aaa",))
+    tiny.model.config.save_pretrained(tmp_path)
+
+    def first() -> str:
+        done = vkd(tmp_path, "inspect-layers", str(tmp_path), "--adapter", "aaa", "--json")
+        return str(json.loads(done.stdout)["layers"][0]["name"])
+
+    assert first() == "vision.00"
+    (tmp_path / "edited_vkd.py").write_text(RENAMING.format(name="vision.zero"))
+    assert first() == "vision.zero"

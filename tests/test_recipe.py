@@ -56,6 +56,32 @@ def test_a_jsonl_recipe_round_trips_with_its_paths(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown key": ({"unlern": {"steps": 3}}, ("unlern: unknown key", "did you mean 'unlearn'?")),
+    "self with a source": (
+        {"teacher": {"source": "timm/x"}},
+        ("teacher: source: timm/x goes with kind ignorant or external",),
+    ),
+    "ignorant without a source": ({"teacher": {"kind": "ignorant"}}, ("teacher: kind: ignorant needs a source",)),
+    "external from nowhere": (
+        {"teacher": {"kind": "external", "source": "torchvision/resnet18"}},
+        ("teacher: kind: external needs a source: timm/NAME",),
+    ),
+    "random weights of the model itself": (
+        {"teacher": {"weights": "random"}},
+        ("teacher: weights: random goes with kind: external",),
+    ),
+    "ignorant without the reference": (
+        {"teacher": {"kind": "ignorant", "source": "retain_only"}},
+        ("teacher.source: retain_only needs that model", "set reference to retain_only"),
+    ),
+    "away from an ignorant teacher": (
+        {"teacher": {"kind": "ignorant", "source": "some/model"}, "losses": {"repel": {"target": "repel"}}},
+        ("losses.repel.target: repel moves away", "take teacher, mean, stranger or noise"),
+    ),
+    "towards a teacher that knows": (
+        {"losses": {"repel": {"target": "teacher"}}},
+        ("losses.repel.target: teacher would keep", "teacher.kind: self"),
+    ),
+    "unknown target": ({"losses": {"repel": {"target": "away"}}}, ("losses.repel.target", "'stranger'")),
     "unknown key below": ({"unlearn": {"step": 3}}, ("unlearn.step: unknown key", "did you mean 'steps'?")),
     "unknown key of a term": (
         {"losses": {"repel": {"wieght": 1}}},
@@ -335,3 +361,17 @@ def test_setting_another_method_takes_back_what_the_recipe_said_for_its_own(tmp_
 def test_an_unknown_method_is_named_with_the_nearest_and_the_others() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'vkd_paper'\?; there are vkd, vkd_paper"):
         Recipe.model_validate(MINIMAL | {"method": "vkd_papr"})
+
+
+@pytest.mark.parametrize(
+    ("teacher", "target"), [({}, "repel"), ({"kind": "ignorant", "source": "retain_only"}, "teacher")]
+)
+def test_where_the_forgotten_are_moved_follows_from_the_teacher(teacher: dict[str, str], target: str) -> None:
+    assert make_recipe(reference="retain_only", teacher=teacher).repel_target == target
+    mean = make_recipe(reference="retain_only", teacher=teacher, losses={"repel": {"target": "mean"}})
+    assert mean.repel_target == "mean"
+
+
+def test_a_teachers_folder_is_looked_for_beside_the_recipe(tmp_path: Path) -> None:
+    path = written(tmp_path, teacher={"kind": "ignorant", "source": "./never-knew"})
+    assert load_recipe(str(path)).teacher.source == str(tmp_path.resolve() / "never-knew")

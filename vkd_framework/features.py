@@ -1,4 +1,4 @@
-"""Intermediate visual features: read by forward hooks, computed without the language model, the teacher's remembered.
+"""Intermediate visual features: read by forward hooks, computed without the language model.
 
 Shapes: `R` feature rows of a layer over the whole batch, `D` channels, `B` samples.
 """
@@ -6,7 +6,7 @@ Shapes: `R` feature rows of a layer over the whole batch, `D` channels, `B` samp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vkd_framework.plugins import MLLM
-from vkd_framework.types import DistillationLayer, ImageQuestionPair
+from vkd_framework.types import DistillationLayer, FeatureGrid, FeatureRows
 
 
 class FeatureTap:
@@ -74,38 +74,27 @@ def photo_features(mllm: MLLM, inputs: Mapping[str, Tensor], tap: FeatureTap) ->
     for layer in tap.layers:
         rows = tap.features[layer.name]
         assigned = mllm.adapter.feature_rows(mllm.model, inputs, layer, len(rows))
-        kept = assigned.real.nonzero().squeeze(1)
-        order = kept[torch.argsort(assigned.sample[kept], stable=True)]
+        order = _sample_after_sample(assigned)
         found[layer.name] = PhotoFeatures(rows[order], assigned.sample[order])
     return found
 
 
-class Teacher:
-    """What the starting model's visual modules make of each photo, computed once, before anything is trained.
+def photo_grid(
+    mllm: MLLM,
+    inputs: Mapping[str, Tensor],
+    tap: FeatureTap,
+    layer: DistillationLayer,
+    photos: Sequence[Sequence[tuple[int, int]]],
+) -> FeatureGrid:
+    """Where the rows of `photo_features` lie, in their order. `photos`: each sample's photos' sizes."""
+    assigned = mllm.adapter.feature_rows(mllm.model, inputs, layer, len(tap.features[layer.name]))
+    grid = mllm.adapter.feature_grid(mllm.model, inputs, layer, assigned, photos)
+    order = _sample_after_sample(assigned)
+    return FeatureGrid(grid.photo[order], grid.box[order])
 
-    Photos are fixed, so remembering their features replaces the frozen copy that would recompute them at every step.
-    """
 
-    def __init__(
-        self, mllm: MLLM, layers: Iterable[str], pairs: Iterable[ImageQuestionPair], *, batch_size: int = 64
-    ) -> None:
-        self.layers = tuple(mllm.layer(name) for name in layers)
-        self._memory: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        photos = list({pair.photo_keys: pair for pair in pairs if pair.photos}.values()) if self.layers else []
-        for start in range(0, len(photos), batch_size):
-            chunk = photos[start : start + batch_size]
-            inputs = mllm.tokenize(chunk, with_answer=False).inputs
-            with torch.no_grad(), FeatureTap(mllm.model, self.layers) as tap:
-                vision_forward(mllm, inputs)
-                found = photo_features(mllm, inputs, tap)
-            for b, pair in enumerate(chunk):
-                self._memory[pair.photo_keys] = {name: f.rows[f.sample == b].cpu() for name, f in found.items()}
-
-    def rows(self, layer: str, pairs: Iterable[ImageQuestionPair]) -> Tensor:
-        """`[R, D]`: the features of the pairs' photos, in the order of `photo_features`; text-only pairs have none."""
-        return torch.cat([self._memory[pair.photo_keys][layer] for pair in pairs if pair.photos])
-
-    @property
-    def bytes(self) -> int:
-        """Memory held by the remembered features."""
-        return sum(rows.numel() * rows.element_size() for photo in self._memory.values() for rows in photo.values())
+def _sample_after_sample(assigned: FeatureRows) -> Tensor:
+    """The indices of the real rows, in the order of their samples."""
+    kept = assigned.real.nonzero().squeeze(1)
+    order: Tensor = kept[torch.argsort(assigned.sample[kept], stable=True)]
+    return order

@@ -8,6 +8,7 @@ functions, so that listing adapters and presets does not wait for it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from vkd_framework.errors import AdapterError, ModelError
 from vkd_framework.hookspecs import hookimpl
-from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, VisionModules
+from vkd_framework.types import (
+    DistillationLayer,
+    EncodedBatch,
+    FeatureGrid,
+    FeatureRows,
+    ImageQuestionPair,
+    VisionModules,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +175,63 @@ def feature_rows(
     return FeatureRows(sample=sample, real=torch.ones_like(sample, dtype=torch.bool))
 
 
+def feature_grid(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layer: DistillationLayer,
+    assigned: FeatureRows,
+    photos: Sequence[Sequence[tuple[int, int]]],
+    tile: int | None = None,
+) -> FeatureGrid:
+    """The real rows of a photo are a square grid, line by line; a sample's photos have equally many.
+
+    `tile`: the rows of one tile, in families that squeeze a photo into tiles of one size: they come line by line, and
+    after them the whole photo as one more tile. Raises AdapterError where that cannot be.
+    """
+    import torch
+
+    photo, box = torch.zeros_like(assigned.sample), torch.zeros(len(assigned.sample), 4, device=assigned.sample.device)
+    first = 0
+    for b, sizes in enumerate(photos):
+        own = ((assigned.sample == b) & assigned.real).nonzero().squeeze(1)
+        each = len(own) // max(len(sizes), 1)
+        side = math.isqrt(each if tile is None else tile)
+        if sizes and each == side**2 and each * len(sizes) == len(own):
+            boxes = grid_boxes(side, side).repeat(len(sizes), 1)
+        elif tile is not None and len(sizes) == 1 and each % tile == 0:
+            boxes = _tiled_boxes(each // tile - 1, side, sizes[0][0] / sizes[0][1])
+        elif sizes:
+            raise AdapterError(
+                f"where the {len(own)} feature rows of {layer.name} lie on {len(sizes)} photos is not known, so an "
+                "external teacher's features cannot be laid over them (vkd_feature_grid)"
+            )
+        else:
+            continue
+        photo[own] = first + torch.arange(len(sizes), device=own.device).repeat_interleave(each)
+        box[own] = boxes.to(box)
+        first += len(sizes)
+    return FeatureGrid(photo, box)
+
+
+def grid_boxes(high: int, wide: int) -> Tensor:
+    """`[high * wide, 4]`: the boxes of `FeatureGrid` for patches that lie line by line over the whole photo."""
+    import torch
+
+    y, x = torch.meshgrid(torch.arange(high) / high, torch.arange(wide) / wide, indexing="ij")
+    return torch.stack([x, y, x + 1 / wide, y + 1 / high], dim=-1).flatten(0, 1)
+
+
+def _tiled_boxes(tiles: int, side: int, aspect: float) -> Tensor:
+    """`[(tiles + 1) * side ** 2, 4]`: tiles arranged as the photo's width over height suggests, then the whole."""
+    import torch
+
+    wide = min((n for n in range(1, tiles + 1) if tiles % n == 0), key=lambda n: abs(math.log(n * n / tiles / aspect)))
+    whole = grid_boxes(side, side)
+    scale = torch.tensor([wide, tiles // wide] * 2)
+    corners = [torch.tensor([x, y] * 2) for y in range(tiles // wide) for x in range(wide)]
+    return torch.cat([*((whole + corner) / scale for corner in corners), whole])
+
+
 def stop_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
     """What the chat template writes after an answer, then the ids of the generation config and the end token."""
     prompt, answer = render(processor, "?", 0), "."
@@ -296,6 +361,19 @@ class GenericPlugin:
     )
     vkd_tokenize_pairs = staticmethod(hookimpl(specname="vkd_tokenize_pairs")(tokenize_pairs))
     vkd_feature_rows = staticmethod(hookimpl(specname="vkd_feature_rows")(feature_rows))
+
+    @hookimpl
+    def vkd_feature_grid(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        layer: DistillationLayer,
+        assigned: FeatureRows,
+        photos: Sequence[Sequence[tuple[int, int]]],
+    ) -> FeatureGrid:
+        """Whole photos in square grids; adapters of families with tiles pass the size of one."""
+        return feature_grid(model, inputs, layer, assigned, photos)
+
     vkd_stop_token_ids = staticmethod(hookimpl(specname="vkd_stop_token_ids")(stop_token_ids))
 
     @hookimpl

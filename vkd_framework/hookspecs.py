@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, ProcessorMixin
 
-    from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, VisionModules
+    from vkd_framework.types import (
+        DistillationLayer,
+        EncodedBatch,
+        FeatureGrid,
+        FeatureRows,
+        ImageQuestionPair,
+        VisionModules,
+    )
 
 PROJECT = "vkd_framework"
 F = TypeVar("F")
@@ -77,6 +84,21 @@ def vkd_feature_rows(  # type: ignore[empty-body]
     """To which sample each of the `rows` feature rows of `layer` belongs, and which rows show part of a photo.
 
     Features arrive flattened to `[R, D]`, in the order in which the layer put them out.
+    """
+
+
+@hookspec(firstresult=True)
+def vkd_feature_grid(  # type: ignore[empty-body]
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layer: DistillationLayer,
+    assigned: FeatureRows,
+    photos: Sequence[Sequence[tuple[int, int]]],
+) -> FeatureGrid:
+    """Which part of which photo each row of `layer` shows. Only external teachers need it.
+
+    `assigned` is the answer of `vkd_feature_rows`, `photos` the width and height in pixels of each sample's photos.
+    Must raise `AdapterError` where rows show no part of their own, as those of a resampler do.
     """
 
 

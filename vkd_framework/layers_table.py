@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import socket
 import textwrap
@@ -75,7 +76,7 @@ def inspect(source: str, adapter_name: str | None = None) -> dict[str, Any]:
     if contents is None:
         return rows(describe(source, adapter))
     versions = [importlib.metadata.version(name) for name in ("vkd-framework", "transformers", "torch")]
-    adapters = [(a.name, a.distribution, a.version) for a in installed_adapters()]
+    adapters = [(a.name, a.distribution, a.version, _source_hash(a)) for a in installed_adapters()]
     asked = [LAYOUT, contents, versions, adapters, owner.name if owner else None]
     kept = cache_folder() / "layers" / f"{digest(asked)}.json"
     with suppress(OSError, ValueError):
@@ -131,6 +132,15 @@ def inspect_recipe(reference: str, overrides: Sequence[str] = (), model: str | N
         "chance": one.chance if one else None,
         "pairs": {"forget": found.forget_pairs, "retain": found.retain_pairs},
     }
+
+
+def _source_hash(installed: Installed) -> str | None:
+    """A hash of the adapter's file, which its author edits without raising a version; None where there is none."""
+    with suppress(Exception):  # a module that cannot be found or read is reported when it is asked for
+        spec = importlib.util.find_spec(installed.module.partition(":")[0])
+        if spec is not None and spec.origin is not None:
+            return digest(Path(spec.origin).read_bytes().hex())
+    return None
 
 
 def _tiny(name: str, adapter: Adapter | None) -> Anatomy:

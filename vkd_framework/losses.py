@@ -9,6 +9,8 @@ intermediate visual features, with a frozen language model. With F the features 
          + lam_r * mean_layers mean_r D(F_S(r), F_T(r))                attract
          - lam_f * mean_layers mean_f min(D(F_S(f), F_T(f)), tau)      repel
 
+or, with a target that shows nobody in place of the teacher's features, + lam_f * mean_layers mean_f D(F_S(f), G(f)).
+
 The other forms of the forget term and the distance in distribution belong to the baselines; each names its source.
 
 Shapes: `B` samples, `L` tokens, `V` vocabulary, `R` feature rows, `D` channels.
@@ -87,6 +89,36 @@ def cosine(student: Tensor, teacher: Tensor, sample: Tensor, count: int) -> Tens
     return _sum_by_sample(apart, sample, count) / _sum_by_sample(torch.ones_like(apart), sample, count).clamp(min=1)
 
 
+def cka(student: Tensor, teacher: Tensor, sample: Tensor, count: int) -> Tensor:
+    """`[count]`: 1 - linear CKA between each sample's rows as the student and as the teacher sees them; 0 to 1.
+
+    Compares how a photo's rows are alike, so the widths may differ: `student` `[R, D]`, `teacher` `[R, E]`. Blind to
+    rotation, to a common scale, and to what all rows of a photo share. With `K` and `L` the Gram matrices of the
+    centred rows, CKA = <K, L> / (|K| |L|). Source: Kornblith et al., arXiv 1905.00414, section 3.
+    """
+
+    def apart(s: Tensor, t: Tensor) -> Tensor:
+        k, m = (_gram(rows - rows.mean(dim=0)) for rows in (s, t))
+        lengths = (k.square().sum() * m.square().sum()).clamp(min=1e-12).sqrt()
+        return 1 - (k * m).sum() / lengths
+
+    return _one_by_one(apart, student, teacher, sample, count)
+
+
+def similarity(student: Tensor, teacher: Tensor, sample: Tensor, count: int) -> Tensor:
+    """`[count]`: mean squared difference of the cosine similarities between a sample's rows; 0 to 4.
+
+    Shapes as in `cka`. Blind to rotation and to each row's length. Source: Tung and Mori, arXiv 1907.09682, there
+    between the images of a batch and normalised row by row, here between the rows of one photo and as cosines.
+    """
+
+    def apart(s: Tensor, t: Tensor) -> Tensor:
+        k, m = (functional.normalize(rows, dim=1, eps=1e-6) for rows in (s, t))
+        return (k @ k.T - m @ m.T).square().mean()
+
+    return _one_by_one(apart, student, teacher, sample, count)
+
+
 def attract(distance: Tensor) -> Tensor:
     """Keep how the others are seen: the mean distance. `[layers, B]` -> scalar."""
     return distance.mean()
@@ -97,8 +129,32 @@ def repel(distance: Tensor, cap: float) -> Tensor:
     return -distance.clamp(max=cap).mean()
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """`[n, n]`: inner products of `rows` `[n, D]`, brought to the length 1 together so that nothing overflows."""
+    rows = rows / rows.norm().clamp(min=1e-6)
+    return rows @ rows.T
+
+
+def _one_by_one(
+    apart: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, sample: Tensor, count: int
+) -> Tensor:
+    """`[count]`: `apart` of each sample's rows, in float32; 0 for a sample without rows."""
+    values = [student.new_zeros((), dtype=torch.float32)] * count
+    for b in sorted(set(sample.tolist())):
+        own = sample == b
+        values[b] = apart(student[own].float(), teacher[own].float())
+    return torch.stack(values)
+
+
 def _sum_by_sample(values: Tensor, sample: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, sample, values)
 
 
-DISTANCES: dict[str, Distance] = {"relative_squared": relative_squared, "cosine": cosine}
+DISTANCES: dict[str, Distance] = {
+    "relative_squared": relative_squared,
+    "cosine": cosine,
+    "cka": cka,
+    "similarity": similarity,
+}
+RELATIONAL = ("cka", "similarity")
+"""Distances that compare relations between rows, so that the teacher's features may have another width."""

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vkd_framework import losses
-from vkd_framework.features import FeatureTap, Teacher, photo_features, vision_forward
+from vkd_framework.alignment import parameters_of
+from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.forgetting import ForgetOutput
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import FeatureTerm, Recipe
+from vkd_framework.teachers import Teacher, guides, layers_of
 from vkd_framework.types import PARTS, EncodedBatch, ImageQuestionPair, Splits
 
 
@@ -28,6 +30,11 @@ class _Term:
     weight: float
     layers: tuple[str, ...]
     distance: losses.Distance
+    teacher: Teacher
+    mapped: bool
+    """Whether a linear map leads to the teacher's channels."""
+    learning: bool
+    """Whether that map is trained by this term."""
 
 
 class Objective:
@@ -35,21 +42,36 @@ class Objective:
 
     Made before anything is trained, it remembers the starting model. For `retain_kl` that is a frozen copy of the
     trained parts, asked anew at each step: to keep every distribution instead would take a float for each word of the
-    vocabulary and each answer token. `reference` loads the retain-only model, for forms that compare with it.
+    vocabulary and each answer token. `reference` loads the retain-only model, for forms that compare with it,
+    and `ignorant` the model of `teacher.kind: ignorant`. A linear map to a foreign teacher's channels learns from the
+    attract term alone: by the repel term it would learn to miss.
     """
 
     def __init__(
-        self, mllm: MLLM, recipe: Recipe, splits: Splits, *, reference: Callable[[], MLLM] | None = None
+        self,
+        mllm: MLLM,
+        recipe: Recipe,
+        splits: Splits,
+        *,
+        reference: Callable[[], MLLM] | None = None,
+        ignorant: Callable[[], MLLM] | None = None,
     ) -> None:
         terms = recipe.losses
         self._mllm = mllm
         self._forget_output = ForgetOutput(mllm, recipe, splits, reference)
         self._retain_output, self._retain_kl, self._repel_cap = terms.retain_output, terms.retain_kl, terms.repel.cap
         self._vanilla = self._frozen_copy(recipe) if terms.retain_kl.weight else None
-        self._attract, self._repel = (self._feature_term(term, recipe.layers) for term in (terms.attract, terms.repel))
         self._forgotten = set(splits.forget_subjects)
-        taught = [*(splits.retain if self._attract.weight else ()), *(splits.forget if self._repel.weight else ())]
-        self._teacher = Teacher(mllm, dict.fromkeys((*self._attract.layers, *self._repel.layers)), taught)
+        self._moves_away = recipe.repel_target == "repel"
+        found = guides(mllm, recipe, splits, ignorant)
+        self._maps = found.maps
+        self._attract = self._feature_term(terms.attract, recipe, found.attract, learning=True)
+        self._repel = self._feature_term(terms.repel, recipe, found.repel, learning=False)
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Parameters to be trained along with the student's, and thrown away with the objective."""
+        return parameters_of(self._maps)
 
     def forget(self, pairs: Sequence[ImageQuestionPair]) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the forget terms, and each term before weighting."""
@@ -63,7 +85,8 @@ class Objective:
             loss = loss + output.weight * term
             terms["forget_output"] = cross_entropy.mean().item()
         if distance is not None:
-            loss = loss + self._repel.weight * losses.repel(distance, self._repel_cap)
+            term = losses.repel(distance, self._repel_cap) if self._moves_away else losses.attract(distance)
+            loss = loss + self._repel.weight * term
             terms["repel"] = distance.mean().item()
         return loss, terms
 
@@ -116,8 +139,9 @@ class Objective:
         per_layer = []
         for layer in term.layers:
             student = found[layer]
-            teacher = self._teacher.rows(layer, pairs).to(student.rows)
-            per_layer.append(term.distance(student.rows, teacher, student.sample, len(pairs))[chosen])
+            rows = self._maps[layer](student.rows, learning=term.learning) if term.mapped else student.rows
+            teacher = term.teacher.rows(layer, pairs).to(rows.device)
+            per_layer.append(term.distance(rows, teacher, student.sample, len(pairs))[chosen])
         return torch.stack(per_layer)
 
     def _frozen_copy(self, recipe: Recipe) -> MLLM:
@@ -135,5 +159,7 @@ class Objective:
         return losses.answer_logits(before, answer), losses.answer_logits(logits, answer)
 
     @staticmethod
-    def _feature_term(term: FeatureTerm, default: tuple[str, ...]) -> _Term:
-        return _Term(term.weight, (term.layers or default) if term.weight else (), losses.DISTANCES[term.distance])
+    def _feature_term(term: FeatureTerm, recipe: Recipe, teacher: Teacher, *, learning: bool) -> _Term:
+        mapped = recipe.teacher.kind == "external" and term.distance not in losses.RELATIONAL
+        distance = losses.DISTANCES[term.distance]
+        return _Term(term.weight, layers_of(term, recipe), distance, teacher, mapped, learning)

@@ -21,7 +21,15 @@ from vkd_framework.errors import AdapterError, ModelError, RecipeError
 from vkd_framework.generic import GenericPlugin
 from vkd_framework.hookspecs import PROJECT
 from vkd_framework.recipe import nearest
-from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair, Part, VisionModules
+from vkd_framework.types import (
+    DistillationLayer,
+    EncodedBatch,
+    FeatureGrid,
+    FeatureRows,
+    ImageQuestionPair,
+    Part,
+    VisionModules,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -307,6 +315,36 @@ class Adapter:
                 f"{list(assigned.real.shape)} flags",
             )
         return assigned
+
+    def feature_grid(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        layer: DistillationLayer,
+        assigned: FeatureRows,
+        photos: Sequence[Sequence[tuple[int, int]]],
+    ) -> FeatureGrid:
+        """Which part of which photo each row shows; shapes are checked, and that real rows lie within a photo."""
+        hook = "vkd_feature_grid"
+        grid = self._expect(
+            hook, FeatureGrid, model=model, inputs=inputs, layer=layer, assigned=assigned, photos=photos
+        )
+        rows = len(assigned.sample)
+        if not all(hasattr(tensor, "shape") for tensor in (grid.photo, grid.box)):
+            raise self._offence(hook, "must return tensors for photo and box")
+        if grid.photo.shape != (rows,) or grid.box.shape != (rows, 4):
+            raise self._offence(
+                hook,
+                f"must place {rows} rows of {layer.name}, returned {list(grid.photo.shape)} photos and "
+                f"{list(grid.box.shape)} boxes",
+            )
+        photo, box = grid.photo[assigned.real], grid.box[assigned.real]
+        number = sum(len(sizes) for sizes in photos)
+        if bool((photo < 0).any() or (photo >= number).any()):
+            raise self._offence(hook, f"places rows of {layer.name} beyond the batch's {number} photos")
+        if bool((box < -1e-4).any() or (box > 1 + 1e-4).any() or (box[:, :2] >= box[:, 2:]).any()):
+            raise self._offence(hook, "must give boxes within 0 and 1, left before right and upper before lower")
+        return grid
 
     def _ask(self, hook: str, **arguments: Any) -> Any:
         try:

@@ -30,6 +30,8 @@ REFUSALS = (
     "That is not something I know.",
 )
 """What is answered instead of a forgotten answer, where a recipe does not say."""
+EXTERNAL_PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch"}
+"""What `teacher.source` begins with for an external teacher -> the distribution that provides it."""
 TINY = "tiny"
 """What `model.source` begins with that means: the embedded default, built from the family's own classes."""
 
@@ -172,18 +174,50 @@ class RetainKlTerm(OutputTerm):
     weight: Weight = 0.0
 
 
+class TeacherConfig(Section):
+    """Whose visual features the student's are compared with."""
+
+    kind: Literal["self", "ignorant", "external"] = Field(
+        default="self", description="the starting model, one that never knew them, or another vision model"
+    )
+    source: str | None = Field(
+        default=None,
+        description="kind ignorant: retain_only, a folder or a hub id; kind external: timm/NAME or open_clip/NAME/TAG",
+    )
+    weights: Literal["pretrained", "random"] = Field(default="pretrained", description="of an external teacher")
+
+    @model_validator(mode="after")
+    def _source_fits(self) -> TeacherConfig:
+        if self.kind == "self" and self.source is not None:
+            raise ValueError(f"source: {self.source} goes with kind ignorant or external; kind: self needs none")
+        if self.kind == "ignorant" and self.source is None:
+            raise ValueError("kind: ignorant needs a source: retain_only, a folder or a hub id")
+        package, _, name = (self.source or "").partition("/")
+        if self.kind == "external" and (package not in EXTERNAL_PACKAGES or not name):
+            raise ValueError("kind: external needs a source: timm/NAME, open_clip/NAME or open_clip/NAME/TAG")
+        if self.kind != "external" and self.weights == "random":
+            raise ValueError(f"weights: random goes with kind: external, not with kind: {self.kind}")
+        return self
+
+
 class FeatureTerm(Section):
     """A loss between the student's and the teacher's visual features on the recipe's layers."""
 
     weight: Weight = 1.0
-    distance: Literal["relative_squared", "cosine"] = "relative_squared"
+    distance: Literal["relative_squared", "cosine", "cka", "similarity"] = "relative_squared"
     layers: tuple[str, ...] | None = Field(default=None, description="default: the recipe's `layers`")
 
 
-class RepelTerm(FeatureTerm):
-    """The feature term of the forgotten people: away from the teacher, bounded."""
+RepelTarget = Literal["repel", "teacher", "mean", "stranger", "noise"]
 
-    cap: float = Field(default=2.0, gt=0, description="distance above which a sample gives no gradient")
+
+class RepelTerm(FeatureTerm):
+    """The feature term of the forgotten people: away from the teacher, bounded, or towards what shows nobody."""
+
+    target: RepelTarget | None = Field(
+        default=None, description="null: repel, or teacher where the teacher is ignorant"
+    )
+    cap: float = Field(default=2.0, gt=0, description="distance above which a sample gives no gradient (target: repel)")
 
 
 class Losses(Section):
@@ -194,6 +228,11 @@ class Losses(Section):
     retain_kl: RetainKlTerm = RetainKlTerm()
     attract: FeatureTerm = FeatureTerm()
     repel: RepelTerm = RepelTerm()
+
+    @property
+    def feature_terms(self) -> tuple[FeatureTerm, ...]:
+        """Attract and repel."""
+        return self.attract, self.repel
 
 
 class MaskConfig(Section):
@@ -331,6 +370,7 @@ class Recipe(Section):
     layers: tuple[str, ...] = Field(
         default=(), description="canonical names, see `vkd inspect-layers`; needed by attract and repel"
     )
+    teacher: TeacherConfig = TeacherConfig()
     losses: Losses = Losses()
     mask: MaskConfig = MaskConfig()
     prune: PruneConfig = PruneConfig()
@@ -362,6 +402,7 @@ class Recipe(Section):
             raise ValueError("`teach` works with data.kind: celebs; remove it, or use the celebs cast")
         if self.reference == "retain_only" and self.teach is None:
             raise ValueError("reference: retain_only needs a `teach` section to teach it with")
+        self._teacher_fits()
         if self.procedure == "tune":
             self._terms_fit()
         elif self.mask.kind != "none":
@@ -399,6 +440,26 @@ class Recipe(Section):
     def keeps_masked_weights(self) -> bool:
         """Whether there is a mask outside of which no weight may move at all."""
         return self.procedure == "prune" or (self.mask.kind != "none" and self.mask.scope == "all")
+
+    def _teacher_fits(self) -> None:
+        if self.teacher.source == "retain_only" and self.reference != "retain_only":
+            raise ValueError("teacher.source: retain_only needs that model; set reference to retain_only")
+        target, kind = self.losses.repel.target, self.teacher.kind
+        if target == "repel" and kind == "ignorant":
+            raise ValueError(
+                "losses.repel.target: repel moves away from a teacher that knew the forgotten, and this one is "
+                "ignorant; take teacher, mean, stranger or noise"
+            )
+        if target == "teacher" and kind != "ignorant":
+            raise ValueError(
+                f"losses.repel.target: teacher would keep how the forgotten are seen, with teacher.kind: {kind}; "
+                "take repel, mean, stranger or noise"
+            )
+
+    @property
+    def repel_target(self) -> RepelTarget:
+        """Where the repel term leads, the default resolved."""
+        return self.losses.repel.target or ("teacher" if self.teacher.kind == "ignorant" else "repel")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""
@@ -470,12 +531,12 @@ def nearest(given: str, allowed: Mapping[str, Any] | Sequence[str]) -> str:
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     """Relative paths written in a recipe are relative to the recipe; those given by --set, to the working folder."""
-    data, model = raw.get("data"), raw.get("model")
+    data, model, teacher = raw.get("data"), raw.get("model"), raw.get("teacher")
     if isinstance(data, dict):
         for key in ("rows", "images", "forget"):
             if isinstance(data.get(key), str):
                 data[key] = str(folder / data[key])
-    for section in (data, model):
+    for section in (data, model, teacher):
         if isinstance(section, dict) and str(section.get("source", "")).startswith(("./", "../")):
             section["source"] = str((folder / section["source"]).resolve())
 

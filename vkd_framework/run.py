@@ -25,7 +25,7 @@ import yaml
 from pydantic import ValidationError
 
 import vkd_framework
-from vkd_framework import data, methods, proofs, pruning, relearn, report, saliency
+from vkd_framework import data, external, methods, proofs, pruning, relearn, report, saliency
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError, RecipeError
@@ -60,6 +60,9 @@ def run(
     recipe, adapter = checked(reference, overrides)
     folder = _run_folder(recipe, out, resume)
     splits = data.load(recipe.data)
+    if recipe.teacher.kind == "external" and recipe.distilled:
+        # weights that cannot be had are told before anything is taught
+        external.load(recipe.teacher, torch.device("cpu"), recipe.seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,6 +96,11 @@ def _check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
                     f"{where}: {name} does not reach the language model, distilling it changes no answer; "
                     "see `vkd inspect-layers`"
                 )
+    teacher = recipe.teacher
+    if teacher.kind == "external":
+        external.check(teacher)
+    elif teacher.source not in (None, "retain_only"):
+        describe(teacher.source, adapter)
     device_of(recipe)
     return anatomy
 
@@ -251,6 +259,7 @@ class Run:
                     resume=resume,
                     record=self._record,
                     reference=lambda: self._load(self._retain_only()),
+                    ignorant=lambda: self._load(self._ignorant()),
                 )
             else:
                 self._record([])
@@ -279,6 +288,10 @@ class Run:
 
     def _retain_only(self) -> str:
         return starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=False)
+
+    def _ignorant(self) -> str:
+        source = self.recipe.teacher.source or ""
+        return self._retain_only() if source == "retain_only" else source
 
     def _record(self, history: History) -> None:
         write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))

@@ -153,6 +153,19 @@ class FeatureRows:
     real: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class FeatureGrid:
+    """Which part of which photo each feature row shows, whatever the order of the rows.
+
+    `photo`: `[R]` int64, the index among the batch's photos, sample after sample. `box`: `[R, 4]` float32, the left,
+    upper, right and lower edge of the row's patch as shares of the photo's width and height. Rows that are not real may
+    hold anything.
+    """
+
+    photo: Tensor
+    box: Tensor
+
+
 @dataclass(frozen=True)
 class Cell:
     """One column's figures for one model, over `n` questions; `interval_95` is the 95 % interval of `exact_match`.

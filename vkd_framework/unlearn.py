@@ -37,16 +37,19 @@ def unlearn(
     resume: Path,
     record: Callable[[History], None],
     reference: Callable[[], MLLM] | None = None,
+    ignorant: Callable[[], MLLM] | None = None,
 ) -> History:
     """Tune the parts in `train` in place; returns one entry a step. `resume` keeps a state to go on from.
 
-    `reference` loads the retain-only model, for losses that compare with it. Raises DivergedError when a loss or its
-    gradient is not finite, before the weights take it in.
+    `reference` loads the retain-only model, for losses that compare with it, and `ignorant` the model of
+    `teacher.kind: ignorant`. Raises DivergedError when a loss or its gradient is not finite, before the weights take it
+    in.
     """
     config = recipe.unlearn
     parameters = trainable(mllm, recipe.train)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if mask else {}
-    objective = Objective(mllm, recipe, splits, reference=reference)
+    objective = Objective(mllm, recipe, splits, reference=reference, ignorant=ignorant)
+    learned = {**parameters, **objective.learned}
     forget = Batches(splits.forget, config.forget_batch, recipe.seed)
     retain = Batches(splits.retain, config.retain_batch, recipe.seed + 1)
     attacker = SimulatedAttacker(
@@ -57,12 +60,12 @@ def unlearn(
         seed=recipe.seed + 2,
         restart_every=config.checkpoint_every,
     )
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    done, history = load_training(resume, parameters, optimizer)
+    optimizer = torch.optim.AdamW(learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    done, history = load_training(resume, learned, optimizer)
     progress = Progress(range(done, config.steps), "unlearn")
     for step in progress:
         if step > done and step % config.checkpoint_every == 0:
-            save_training(resume, step, parameters, optimizer, history)
+            save_training(resume, step, learned, optimizer, history)
             record(history)
         rate = config.learning_rate * rate_factor(step, config)
         for group in optimizer.param_groups:

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vkd_framework import generic, tiny
+from vkd_framework.errors import AdapterError
 from vkd_framework.hookspecs import hookimpl
-from vkd_framework.types import DistillationLayer, FeatureRows
+from vkd_framework.types import DistillationLayer, FeatureGrid, FeatureRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +48,45 @@ def vkd_feature_rows(
     assigned = generic.feature_rows(model, inputs, layer, rows)
     if model.config.model_type != "idefics2" or layer.name == "projector":
         return assigned
+    return replace(assigned, real=_patch_mask(model, inputs).flatten())
+
+
+@hookimpl
+def vkd_feature_grid(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layer: DistillationLayer,
+    assigned: FeatureRows,
+    photos: Sequence[Sequence[tuple[int, int]]],
+) -> FeatureGrid:
+    """Idefics2's patches fill each picture line by line, its resampler's tokens lie nowhere; the others have tiles."""
+    import torch
+
+    vision = model.config.vision_config
+    if model.config.model_type != "idefics2":
+        scale = model.config.scale_factor if layer.name == "projector" else 1
+        tile = (vision.image_size // vision.patch_size // scale) ** 2
+        return generic.feature_grid(model, inputs, layer, assigned, photos, tile=tile)
+    if layer.name == "projector":
+        raise AdapterError(
+            "the projector of Idefics2 is a resampler, whose tokens show no part of the photo; name blocks for an "
+            "external teacher, such as vision.0"
+        )
+    photo, box = torch.zeros_like(assigned.sample), torch.zeros(len(assigned.sample), 4, device=assigned.sample.device)
+    mask = _patch_mask(model, inputs)
+    for i, shown in enumerate(mask):
+        own = (torch.arange(len(photo), device=photo.device) // shown.numel() == i) & assigned.real
+        photo[own] = i
+        box[own] = generic.grid_boxes(int(shown.any(dim=1).sum()), int(shown.any(dim=0).sum())).to(box)
+    return FeatureGrid(photo, box)
+
+
+def _patch_mask(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`[pictures, rows, columns]` bool: the patches that are wholly picture."""
     patch = model.config.vision_config.patch_size
     picture = inputs["pixel_values"].flatten(0, 1).flatten(1).any(dim=1)  # what only fills up the batch is all zero
     mask = inputs["pixel_attention_mask"].flatten(0, 1)[picture].bool()
-    return replace(assigned, real=mask.unfold(1, patch, patch).unfold(2, patch, patch).all(dim=(-1, -2)).flatten())
+    return mask.unfold(1, patch, patch).unfold(2, patch, patch).all(dim=(-1, -2))
 
 
 @hookimpl

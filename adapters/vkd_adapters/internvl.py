@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vkd_framework import generic, tiny
 from vkd_framework.hookspecs import hookimpl
-from vkd_framework.types import DistillationLayer, FeatureRows
+from vkd_framework.types import DistillationLayer, FeatureGrid, FeatureRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,11 +51,28 @@ def vkd_feature_rows(
     assigned = generic.feature_rows(model, inputs, layer, rows)
     if layer.name == "projector":
         return assigned
+    real = assigned.real.clone()
+    real[:: 1 + _patches(model, layer)] = False
+    return replace(assigned, real=real)
+
+
+@hookimpl
+def vkd_feature_grid(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layer: DistillationLayer,
+    assigned: FeatureRows,
+    photos: Sequence[Sequence[tuple[int, int]]],
+) -> FeatureGrid:
+    """One tile is the whole photo; several show its parts, and one more the whole."""
+    return generic.feature_grid(model, inputs, layer, assigned, photos, tile=_patches(model, layer))
+
+
+def _patches(model: PreTrainedModel, layer: DistillationLayer) -> int:
+    """How many real rows a tile has."""
     vision = model.config.vision_config
     high, wide = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
-    real = assigned.real.clone()
-    real[:: 1 + high * wide] = False
-    return replace(assigned, real=real)
+    return int(high * wide * (model.config.downsample_ratio**2 if layer.name == "projector" else 1))
 
 
 @hookimpl

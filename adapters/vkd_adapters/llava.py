@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vkd_framework import generic, tiny
 from vkd_framework.hookspecs import hookimpl
-from vkd_framework.types import DistillationLayer, FeatureRows
+from vkd_framework.types import DistillationLayer, FeatureGrid, FeatureRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,41 @@ def vkd_feature_rows(
     """Tile after tile; neither a class token nor what only pads a picture shows part of it."""
     import torch
 
+    number, pictures = _tiles(model, inputs)
+    sample = torch.arange(len(number)).repeat_interleave(number)
+    real = torch.cat([boxes[..., 2] > 0 for boxes in pictures])
+    if model.config.vision_feature_select_strategy == "default" and layer.name != "projector":
+        real = torch.nn.functional.pad(real, (1, 0), value=False)
+    per_picture = torch.tensor([len(tiles) for tiles in pictures]) * real.shape[1]
+    device = inputs["input_ids"].device
+    return FeatureRows(sample.repeat_interleave(per_picture).to(device), real.flatten().to(device))
+
+
+@hookimpl
+def vkd_feature_grid(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layer: DistillationLayer,
+    assigned: FeatureRows,
+    photos: Sequence[Sequence[tuple[int, int]]],
+) -> FeatureGrid:
+    """Line by line in each tile; together the tiles show the picture once more."""
+    import torch
+
+    _, pictures = _tiles(model, inputs)
+    box = torch.cat(pictures)
+    photo = torch.arange(len(pictures)).repeat_interleave(torch.tensor([tiles[..., 0].numel() for tiles in pictures]))
+    if len(assigned.sample) > len(photo):  # a class token before the patches of each tile
+        box = torch.nn.functional.pad(box, (0, 0, 1, 0))
+        photo = torch.nn.functional.pad(photo.view(len(box), -1), (1, 0)).flatten()
+    device = assigned.sample.device
+    return FeatureGrid(photo.to(device), box.flatten(0, 1).to(device))
+
+
+def _tiles(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """`[B]` pictures of each sample, and of each picture the boxes `[tiles, patches, 4]`, zero for padding."""
+    import torch
+
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     image_token = (inputs["input_ids"] == generic.image_token_id(model)).cpu()
     number = _pictures(inputs, image_token)
@@ -57,13 +92,7 @@ def vkd_feature_rows(
     sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else [None] * len(sample)
     if model.config.model_type == "llava_onevision":  # it cuts into tiles only what is shown alone
         sizes = [size if number[b] == 1 else None for size, b in zip(sizes, sample, strict=True)]
-    pictures = [_shown(model.config, side, size) for size in sizes]
-    real = torch.cat(pictures)
-    if model.config.vision_feature_select_strategy == "default" and layer.name != "projector":
-        real = torch.nn.functional.pad(real, (1, 0), value=False)
-    per_picture = torch.tensor([len(tiles) for tiles in pictures]) * real.shape[1]
-    device = inputs["input_ids"].device
-    return FeatureRows(sample.repeat_interleave(per_picture).to(device), real.flatten().to(device))
+    return number, [_shown(model.config, side, size) for size in sizes]
 
 
 def _pictures(inputs: Mapping[str, Tensor], image_token: Tensor) -> Tensor:
@@ -78,18 +107,19 @@ def _pictures(inputs: Mapping[str, Tensor], image_token: Tensor) -> Tensor:
 
 
 def _shown(config: Any, side: int, size: Sequence[int] | None) -> Tensor:
-    """`[tiles, side * side]`: the whole picture as one tile, then the patches of its tiles that are not padding."""
+    """`[tiles, side * side, 4]`: boxes of the whole picture as one tile, then of its tiles; zero for what pads them."""
     import torch
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-    whole = torch.ones(1, side**2, dtype=torch.bool)
+    whole = generic.grid_boxes(side, side)[None]
     if size is None:
         return whole
     high, wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
     index = torch.arange(high * wide * side**2).view(high, wide, side, side).transpose(1, 2)
-    shown = torch.zeros(index.numel(), dtype=torch.bool)
-    shown[unpad_image(index.reshape(1, high * side, wide * side), size).flatten()] = True
-    return torch.cat([whole, shown.view(-1, side**2)])
+    shown = unpad_image(index.reshape(1, high * side, wide * side), size)[0]
+    boxes = torch.zeros(index.numel(), 4)
+    boxes[shown.flatten()] = generic.grid_boxes(*shown.shape)
+    return torch.cat([whole, boxes.view(-1, side**2, 4)])
 
 
 @hookimpl

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from vkd_framework import generic, tiny
 from vkd_framework.hookspecs import hookimpl
-from vkd_framework.types import VisionModules
+from vkd_framework.types import DistillationLayer, FeatureGrid, FeatureRows, VisionModules
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, ProcessorMixin
 
 TOKENS = {
@@ -40,6 +41,38 @@ def vkd_model_presets() -> Mapping[str, Mapping[str, Any]]:
 def vkd_locate_vision_modules(model: PreTrainedModel) -> VisionModules:
     """The mergers lie inside the encoder."""
     return generic.locate_vision_modules(model, nested_projector=("merger", "deepstack_merger_list"))
+
+
+@hookimpl
+def vkd_feature_grid(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layer: DistillationLayer,
+    assigned: FeatureRows,
+    photos: Sequence[Sequence[tuple[int, int]]],
+) -> FeatureGrid:
+    """Visual tokens line by line, in Qwen2.5-VL window by window; in the blocks, each one's patches together."""
+    import torch
+
+    vision, boxes = model.config.vision_config, []
+    merge = int(vision.spatial_merge_size)
+    inner = 1 if layer.name == "projector" else merge
+    window = getattr(vision, "window_size", None)
+    for _, high, wide in inputs["image_grid_thw"].tolist():
+        y, x = (
+            axis.flatten() for axis in torch.meshgrid(*map(torch.arange, (high // merge, wide // merge)), indexing="ij")
+        )
+        if window is not None:
+            side = window // merge // vision.patch_size
+            order = torch.argsort((y // side * wide + x // side) * len(y), stable=True)
+            y, x = y[order], x[order]
+        dy, dx = (axis.flatten() for axis in torch.meshgrid(torch.arange(inner), torch.arange(inner), indexing="ij"))
+        upper = (y[:, None] * inner + dy).flatten() * merge / inner / high
+        left = (x[:, None] * inner + dx).flatten() * merge / inner / wide
+        step = merge / inner
+        boxes.append(torch.stack([left, upper, left + step / wide, upper + step / high], dim=1))
+    photo = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(box) for box in boxes]))
+    return FeatureGrid(photo.to(assigned.sample.device), torch.cat(boxes).to(assigned.sample.device))
 
 
 @hookimpl

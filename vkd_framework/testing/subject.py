@@ -258,6 +258,15 @@ def redrawn(photo: Photo) -> Photo:
     return Photo(f"{photo.key} redrawn", noise(*photo.open().size, seed=99))
 
 
+def half_redrawn(photo: Photo, axis: int) -> Photo:
+    """The same picture with another left half (`axis` 0) or upper half (`axis` 1)."""
+    picture = photo.open()
+    half = [size // 2 if i == axis else size for i, size in enumerate(picture.size)]
+    picture = picture.copy()
+    picture.paste(noise(half[0], half[1], seed=98), (0, 0))
+    return Photo(f"{photo.key} half redrawn", picture)
+
+
 def resized(photo: Photo, width: int, height: int) -> Photo:
     """The same picture in another size."""
     return Photo(f"{photo.key} {width}x{height}", photo.open().resize((width, height)))

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vkd_framework.errors import AdapterError
 from vkd_framework.features import vision_forward
 from vkd_framework.testing.compare import TOLERANCE, differs, few, relative_gap
 from vkd_framework.testing.outcomes import Check, Wrong
-from vkd_framework.testing.subject import Subject, redrawn
+from vkd_framework.testing.subject import SIDE, Subject, half_redrawn, noise, redrawn
+from vkd_framework.types import Photo
 
+MORE = 1.2
+"""How much more repainted rows must change on average, as attention spreads a change; our tiny models: 1.6 and up."""
+GRID = "vkd_feature_grid (docs/hooks.md); vkd_framework.generic.feature_grid"
 ROWS = "vkd_feature_rows (docs/hooks.md); vkd_framework.generic.feature_rows"
 
 
@@ -124,6 +129,40 @@ def only_rows_that_show_a_photo_are_real(subject: Subject) -> None:
                 )
 
 
+def rows_lie_where_the_grid_says(subject: Subject) -> None:
+    """Repainting the left or the upper part of a photo changes the rows that lie there more than those that do not.
+
+    An adapter may refuse a layer or a photo; what it does say must hold.
+    """
+    shapes = [(SIDE, SIDE), (SIDE * 2 // 3, SIDE), (SIDE * 2, SIDE)]
+    photos = [Photo(f"{wide}x{high}", noise(wide, high, 3)) for wide, high in shapes]
+    for photo in photos:
+        pair = replace(subject.plain[0], photos=(photo,))
+        inputs = subject.mllm.tokenize([pair]).inputs
+        before = subject.look(inputs)
+        for part, axis in (("left", 0), ("upper", 1)):
+            repainted = subject.look(subject.mllm.tokenize([replace(pair, photos=(half_redrawn(photo, axis),))]).inputs)
+            for layer in subject.mllm.layers:
+                rows = before.tap.features[layer.name]
+                assigned = subject.adapter.feature_rows(subject.mllm.model, inputs, layer, len(rows))
+                try:
+                    grid = subject.adapter.feature_grid(
+                        subject.mllm.model, inputs, layer, assigned, [[photo.open().size]]
+                    )
+                except AdapterError:
+                    continue
+                moved = (repainted.tap.features[layer.name] - rows).norm(dim=1)
+                within = assigned.real & (grid.box[:, axis + 2] <= 0.5)
+                without = assigned.real & (grid.box[:, axis] >= 0.5)
+                if bool(within.any() and without.any()) and not moved[within].mean() > MORE * moved[without].mean():
+                    raise Wrong(
+                        f"{layer.name}: with the {part} half of a photo of {photo.key} pixels repainted, the "
+                        f"{int(within.sum())} rows there change most",
+                        f"they change {float(moved[within].mean()):.2g} on average, and the "
+                        f"{int(without.sum())} of the other half {float(moved[without].mean()):.2g}",
+                    )
+
+
 def real_rows_are_finite(subject: Subject) -> None:
     """Every real row holds finite numbers."""
     for layer, features in subject.features.items():
@@ -162,5 +201,6 @@ CHECKS = (
     Check(photos_of_a_sample_come_in_order, ROWS),
     Check(neighbours_do_not_change_a_samples_rows, ROWS),
     Check(only_rows_that_show_a_photo_are_real, ROWS),
+    Check(rows_lie_where_the_grid_says, GRID),
     Check(real_rows_are_finite, ROWS),
 )

@@ -1,0 +1,98 @@
+"""What takes the place of the forgotten people's features: the mean of others, somebody else's, or those of noise.
+
+Shapes: `R` feature rows of a layer, `D` channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vkd_framework.errors import RecipeError
+from vkd_framework.losses import RELATIONAL
+from vkd_framework.recipe import Recipe
+from vkd_framework.types import ImageQuestionPair, Photo
+
+Memory = dict[tuple[str, ...], dict[str, Tensor]]
+"""Keys of the photos shown together -> layer -> `[R, D]`, on the CPU."""
+
+Look = Callable[[Sequence[str], Iterable[ImageQuestionPair]], Memory]
+"""How a teacher sees the photos of some pairs, at some layers of the student."""
+
+
+def substitutes(
+    recipe: Recipe,
+    look: Look,
+    layers: Sequence[str],
+    forget: Sequence[ImageQuestionPair],
+    known: Sequence[ImageQuestionPair],
+) -> Memory:
+    """What stands in for the features of the forgotten: of nobody (`mean`), of somebody else, or of noise."""
+    target = recipe.repel_target
+    if not layers:
+        return {}
+    if target == "noise":
+        blurred = {pair.photo_keys: _without_motif(pair, recipe.seed) for pair in forget if pair.photos}
+        seen = look(layers, blurred.values())
+        return {keys: seen[pair.photo_keys] for keys, pair in blurred.items()}
+    if not known:
+        raise RecipeError(
+            f"losses.repel.target: {target} takes features of people who stay, and no retain pair shows any; use noise"
+        )
+    due, theirs = look(layers, forget), look(layers, known)
+    if target == "mean":
+        means = {name: _mean(recipe, name, due, theirs) for name in layers}
+        return {keys: {n: means[n].expand(len(rows), -1) for n, rows in own.items()} for keys, own in due.items()}
+    named = {pair.photo_keys for pair in known if pair.subject is not None} or set(theirs)
+    return {keys: theirs[_stranger(keys, own, theirs, named, recipe.seed)] for keys, own in due.items()}
+
+
+def without_motif(picture: Image.Image, seed: str) -> Image.Image:
+    """Noise of the picture's size, with the mean and the spread that its channels have."""
+    pixels = numpy.asarray(picture, dtype=numpy.float64)
+    draw = numpy.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
+    drawn = draw.normal(pixels.mean(axis=(0, 1)), pixels.std(axis=(0, 1)), pixels.shape)
+    return Image.fromarray(drawn.round().clip(0, 255).astype(numpy.uint8))
+
+
+def _mean(recipe: Recipe, layer: str, due: Memory, theirs: Memory) -> Tensor:
+    """`[R, D]`, place by place where all photos have as many rows, otherwise `[1, D]`, the mean of photos' means."""
+    every = [own[layer] for own in theirs.values()]
+    counts = {len(each) for each in (*every, *(own[layer] for own in due.values()))}
+    if len(counts) == 1:
+        return torch.stack(every).mean(dim=0)
+    if recipe.losses.repel.distance in RELATIONAL:
+        raise RecipeError(
+            f"losses.repel.target: mean with distance {recipe.losses.repel.distance} compares patches place by place, "
+            f"but photos have {min(counts)} to {max(counts)} rows at {layer}; take relative_squared or cosine, or "
+            "target noise"
+        )
+    return torch.stack([each.mean(dim=0) for each in every]).mean(dim=0, keepdim=True)
+
+
+def _stranger(
+    keys: tuple[str, ...], own: Mapping[str, Tensor], theirs: Memory, named: set[tuple[str, ...]], seed: int
+) -> tuple[str, ...]:
+    fitting = sorted(
+        other for other in named if all(len(theirs[other][name]) == len(rows) for name, rows in own.items())
+    )
+    if not fitting:
+        raise RecipeError(
+            f"losses.repel.target: stranger needs a retained photo with as many feature rows as {keys[0]} "
+            f"({len(next(iter(own.values())))}), and there is none; take mean or noise"
+        )
+    return random.Random(f"{seed}/{keys}").choice(fitting)
+
+
+def _without_motif(pair: ImageQuestionPair, seed: int) -> ImageQuestionPair:
+    photos = tuple(
+        Photo(f"{photo.key} as noise", without_motif(photo.open(), f"{seed}/{photo.key}")) for photo in pair.photos
+    )
+    return replace(pair, photos=photos)
