@@ -255,9 +255,18 @@ def test_a_foreign_model_gives_a_map_of_each_whole_photo(source: str, tiny_clip:
     maps = foreign.see(photos)
     assert maps.ndim == 4 and len(maps) == 2 and maps.shape[2] > 1 and not maps.requires_grad
     assert torch.equal(maps, again.see(photos))
-    edge = picture(96, 32)
+    edge = photos[0].open().copy()
     edge.paste((255, 0, 0), (0, 0, 8, 32))  # what a centre crop would cut off
     assert not torch.allclose(foreign.see([Photo("edge", edge)]), maps[:1], atol=1e-5)
+
+
+def test_what_all_photos_share_is_taken_off_a_foreign_teachers_features(splits: Splits) -> None:
+    foreign = external.load(TeacherConfig.model_validate(TIMM), torch.device("cpu"), 0)
+    photos = [pair.photos[0] for pair in splits.forget[:6]]
+    centred = foreign.centred(photos, batch_size=4).see(photos)
+    assert centred.mean(dim=(0, 2, 3)).abs().max() < 1e-4 < foreign.see(photos).mean(dim=(0, 2, 3)).abs().max()
+    plain = foreign.see(photos)
+    torch.testing.assert_close(centred[0] - centred[1], plain[0] - plain[1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,17 @@ class ExternalModel:
                 "take a vision transformer or a convolutional network"
             )
         return found.float()
+
+    def centred(self, photos: Sequence[Photo], batch_size: int = 64) -> ExternalModel:
+        """The same model with its mean feature over `photos` taken off.
+
+        Most of a feature's length is what all photos share. A linear map meets that with its bias, so that a distance
+        relative to the whole length would be small whatever the student sees.
+        """
+        starts = range(0, len(photos), batch_size)
+        sums = [self.see(photos[start : start + batch_size]).double().mean(dim=(2, 3)).sum(dim=0) for start in starts]
+        mean = (torch.stack(sums).sum(dim=0) / len(photos)).float()[:, None, None]
+        return replace(self, maps=lambda pixels: self.maps(pixels) - mean)
 
 
 def check(config: TeacherConfig) -> None:

@@ -25,7 +25,7 @@ from vkd_framework.types import ImageQuestionPair, Splits
 
 BATCH = 64
 FITTED = 256
-"""Most pairs from which a linear map is fitted."""
+"""Most pairs from which a linear map is fitted and a foreign teacher's mean is taken."""
 
 
 class Teacher:
@@ -64,7 +64,7 @@ def guides(mllm: MLLM, recipe: Recipe, splits: Splits, ignorant: Callable[[], ML
     everything = dict.fromkeys((*attract, *repel))
     if not everything:
         return Guides(Teacher({}), Teacher({}))
-    look = _look(mllm, recipe, ignorant)
+    look = _look(mllm, recipe, splits, ignorant)
     known = kept_pairs(splits)
     if recipe.repel_target in ("repel", "teacher"):
         seen = look(tuple(everything), [*(splits.retain if attract else ()), *(splits.forget if repel else ())])
@@ -130,10 +130,12 @@ def resampled(
     return memory
 
 
-def _look(mllm: MLLM, recipe: Recipe, ignorant: Callable[[], MLLM] | None) -> Look:
+def _look(mllm: MLLM, recipe: Recipe, splits: Splits, ignorant: Callable[[], MLLM] | None) -> Look:
     kind = recipe.teacher.kind
     if kind == "external":
         foreign = external.load(recipe.teacher, mllm.device, recipe.seed)
+        if known := _some(kept_pairs(splits)):
+            foreign = foreign.centred([photo for pair in known for photo in pair.photos])
         return lambda layers, pairs: resampled(foreign, mllm, layers, pairs)
     if kind == "self":
         return lambda layers, pairs: watched(mllm, layers, pairs)
@@ -187,7 +189,7 @@ def _fitted(mllm: MLLM, look: Look, layers: Sequence[str], known: Sequence[Image
             "teacher.kind: external learns its maps from photos of people who stay, and no retain pair shows any; "
             f"take a distance without a map ({' or '.join(RELATIONAL)})"
         )
-    some = list({pair.photo_keys: pair for pair in known}.values())[:FITTED]
+    some = _some(known)
     ours, theirs = watched(mllm, layers, some), look(layers, some)
     maps = {}
     for name in layers:
@@ -195,6 +197,12 @@ def _fitted(mllm: MLLM, look: Look, layers: Sequence[str], known: Sequence[Image
             (own[name].to(mllm.device), theirs[keys][name].to(mllm.device)) for keys, own in ours.items()
         )
     return maps
+
+
+def _some(known: Sequence[ImageQuestionPair]) -> list[ImageQuestionPair]:
+    """Pairs with different photos, spread over all of them."""
+    photos = list({pair.photo_keys: pair for pair in known}.values())
+    return photos[:: max(1, -(-len(photos) // FITTED))]
 
 
 def _size(rows: Tensor) -> str:
