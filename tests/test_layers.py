@@ -22,7 +22,7 @@ FLOORS = (
     ("checkpoint", "progress", "tiny", "recipe", "generic", "plugins"),
     ("data", "batches", "features", "losses", "saliency", "pruning"),
     (
-        *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn"),
+        *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "attacks"),
         *("vanilla", "proofs", "probe"),
     ),
     ("report", "layers_table", "doctor", "scaffold"),

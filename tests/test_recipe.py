@@ -299,6 +299,7 @@ def changes_of_every_setting() -> list[dict[str, Any]]:
         {"simulated_attack": {"weight": 0.5}},
         {"evaluate": {"max_new_tokens": 3}},
         {"relearn": {"seeds": [1]}},
+        {"attacks": [{"kind": "quantize", "bits": 8}]},
     ]
 
 
