@@ -322,9 +322,7 @@ def test_the_truth_ratio_sets_the_wrong_options_against_the_right_one() -> None:
     assert membership.truth_ratio(pair, {"chess": 1.0}) is None
 
 
-def per_question(
-    losses: list[float], strangers: list[float] | None = None, ratio: float | None = 1.0
-) -> dict[str, Any]:
+def per_question(losses: list[float], strangers: Sequence[float] = (), ratio: float | None = 1.0) -> dict[str, Any]:
     return {
         "loss": losses,
         "stranger_loss": list(strangers),
