@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,10 @@ def test_all_attacks_leave_the_attacked_model_as_it_was(taught: MLLM, splits: Sp
     assert not changed(before, weights(model))
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     assert [result for result in results if "skipped" in result] == []
+    explained = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
+    figures = {name.removesuffix("_others") for result in results for name in result}
+    unexplained = figures - {"model", "photos", "strangers", "questions", "per_question"}
+    assert [name for name in unexplained if f"`{name}`" not in explained] == []
     assert all(0 <= result["exact_match"] <= 1 for result in results if result["kind"] not in ("probe", "membership"))
 
 

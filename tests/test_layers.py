@@ -27,7 +27,7 @@ FLOORS = (
     ),
     ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
-    ("bench",),
+    ("assess", "bench"),
     ("cli", "__main__"),
 )
 """The rooms of each floor, from the ground up. A room imports its own floor and those below."""

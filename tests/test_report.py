@@ -410,7 +410,7 @@ def test_every_other_attack_has_its_rows_with_a_figure_for_each_model(metrics: d
         "Vanilla's encoder put back",
         "Weights rounded to 8 bits",
         "Weights rounded to 4 bits",
-        "Linear probe on projector features, chance 3.0 %",
+        "Linear probe on the projector, chance 3.0 %",
         "After 2 other photos with answers",
         "Membership by answer loss, AUC",
         "Truth ratios against retain-only, KS",
@@ -519,7 +519,7 @@ def test_every_markdown_table_has_rows_of_one_length_whatever_the_data(
     nasty_metrics, nasty_samples = poisoned(metrics)
     nasty = {"environment": {NASTY: NASTY}, "recipe_text": "name: x", "history": [{"step": 0, NASTY: 1.0}]}
     tables = re.findall(r"(?:^\|.*\n)+", text_page(nasty_metrics, curves, nasty_samples, **nasty), re.MULTILINE)
-    assert len(tables) == 10
+    assert len(tables) == 11
     for table in tables:
         lines = table.splitlines()
         assert set(cells_of(lines[1])) == {" --- "}

@@ -158,14 +158,14 @@ def attacker_pairs(pairs: Sequence[ImageQuestionPair], share: float, seed: int) 
     return [pairs[i] for i in order[:size]]
 
 
-def summarise(curves: Sequence[AttackCurve], vanilla: float) -> dict[str, Any]:
+def summarise(curves: Sequence[AttackCurve], vanilla: float | None) -> dict[str, Any]:
     """The `relearn` block of `metrics.json`.
 
     The averages run over every point of the unlearned model under attackers who have pairs of the forgotten people.
-    `average_recovery`: what came back. `average_gap`: what is still missing to the vanilla model.
-    `advantage_over_retain_only`: how much better the unlearned model answers than the model that never knew, after the
-    same attack; None without that reference. Above 0 something was hidden, not erased. `recovery_from_others`: what
-    came back for attackers who only have other people; None when none was tried.
+    `average_recovery`: what came back. `average_gap`: what is still missing to the vanilla model, whose exact match on
+    Test VQA is `vanilla`. `advantage_over_retain_only`: how much better the unlearned model answers than the model that
+    never knew, after the same attack. Above 0 something was hidden, not erased. `recovery_from_others`: what came back
+    for attackers who only have other people. Each is None when there is nothing to compute it from.
 
     `advantage_by_step`: an entry for each scope, pool and share, over the seeds: exact match of either model after each
     number of steps, and the difference.
@@ -183,7 +183,7 @@ def summarise(curves: Sequence[AttackCurve], vanilla: float) -> dict[str, Any]:
     uninformed = [recovery for curve in own if curve.pool == "others" for recovery in _recoveries(curve)]
     return {
         "average_recovery": _mean([recovery for curve in informed for recovery in _recoveries(curve)]),
-        "average_gap": _mean([vanilla - score for score in attacked]),
+        "average_gap": None if vanilla is None else _mean([vanilla - score for score in attacked]),
         "advantage_over_retain_only": _mean(ahead) if ahead else None,
         "recovery_from_others": _mean(uninformed) if uninformed else None,
         "advantage_by_step": advantage_by_step(curves),

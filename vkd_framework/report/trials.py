@@ -104,7 +104,7 @@ def _probe(place: str, method: str) -> _Figure:
         return f"{percent(result[name])} (others {percent(result.get(f'{name}_others'))})"
 
     return _Figure(
-        lambda result: f"{words} on {place} features, chance {percent(result.get('chance'))}",
+        lambda result: f"{words} on the {place}, chance {percent(result.get('chance'))}",
         "Share of unseen photos of forgotten people that are given to the right person by the features.",
         shown,
     )
