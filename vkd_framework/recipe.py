@@ -355,14 +355,14 @@ class NoiseAttack(Section):
     """Add Gaussian noise to every pixel."""
 
     kind: Literal["noise"]
-    spread: float = Field(default=0.05, gt=0, le=1, description="standard deviation, as a share of the pixels' range")
+    spread: float = Field(default=0.1, gt=0, le=1, description="standard deviation, as a share of the pixels' range")
 
 
 class CropAttack(Section):
     """Cut out the middle of the photo and enlarge it to the old size."""
 
     kind: Literal["crop"]
-    keep: float = Field(default=0.8, gt=0, lt=1, description="share of height and width that is kept")
+    keep: float = Field(default=0.9, gt=0, lt=1, description="share of height and width that is kept")
 
 
 class MembershipAttack(Section):
