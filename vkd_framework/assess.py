@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,7 @@ class Assessment(Run):
 
     def evaluated(self) -> dict[str, Any]:
         """Columns and attacks of every model."""
-        own = self._evaluate(UNLEARNED, self.model)  # first: what cannot be loaded is not worth teaching others for
-        models = {**self._others(), UNLEARNED: self.model}
-        columns = {name: own if name == UNLEARNED else self._evaluate(name, models[name]) for name in models}
+        models, columns = self._measured()
         tried = [
             result
             for name, source in models.items()
@@ -78,11 +76,7 @@ class Assessment(Run):
 
     def attacked(self) -> dict[str, Any]:
         """Curves of the model and of the reference."""
-        test_only = {"test_vqa": self.splits.columns["test_vqa"]}
-        narrow = replace(self, splits=replace(self.splits, columns=test_only, taught=()))
-        columns = {UNLEARNED: narrow._evaluate(UNLEARNED, self.model)}
-        models = {**self._others(), UNLEARNED: self.model}
-        columns |= {name: narrow._evaluate(name, source) for name, source in models.items() if name != UNLEARNED}
+        models, columns = self._measured()
         curves = [
             curve
             for name in (UNLEARNED, "retain_only")
@@ -100,6 +94,13 @@ class Assessment(Run):
             write_json(self.folder / name, {"model": self.model, **result})
             say(f"results in {self.folder}")
         return result
+
+    def _measured(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Model -> its source, and its columns. The checkpoint comes first: if it fails, no other is taught for it."""
+        own = self._evaluate(UNLEARNED, self.model)
+        models = self._others()
+        columns = {name: self._evaluate(name, source) for name, source in models.items()}
+        return {**models, UNLEARNED: self.model}, {**columns, UNLEARNED: own}
 
     def _others(self) -> dict[str, str]:
         if self.alone:

@@ -326,8 +326,9 @@ class Run:
 
     def _attack(self, name: str, source: str, columns: Mapping[str, Any]) -> list[AttackCurve]:
         before = columns["test_vqa"]["cell"]["exact_match"]
+        stage = self._stage_with(source, self._shared(source))
         curves = relearn.attack(
-            name, self.recipe.relearn, self.splits, self.recipe.evaluate, before=before, stage=self._stage_with(source)
+            name, self.recipe.relearn, self.splits, self.recipe.evaluate, before=before, stage=stage
         )
         for curve in curves:
             points = ", ".join(
@@ -338,20 +339,19 @@ class Run:
 
     def _other_attacks(self, name: str, source: str, vanilla: str) -> list[dict[str, Any]]:
         """The recipe's `attacks` on one model."""
-        recipe, run_stage = self.recipe, self._stage_with(source)
+        shared = self._shared(source) if name != "unlearned" else None  # it is attacked with the vanilla model's help
+        recipe, run_stage = self.recipe, self._stage_with(source, shared)
 
         def stage(key: str, work: Callable[[Target], dict[str, Any]]) -> dict[str, Any]:
             def aim(mllm: MLLM) -> dict[str, Any]:
-                return work(
-                    Target(name, mllm, self.splits, recipe.evaluate, lambda: self._load(vanilla), seed=recipe.seed)
-                )
+                return work(Target(name, mllm, self.splits, recipe.evaluate, lambda: self._load(vanilla)))
 
             result: dict[str, Any] = run_stage(key, aim)
             return result
 
         return attacks.attack(name, recipe.attacks, stage=stage)
 
-    def _stage_with(self, source: str) -> Callable[[str, Callable[[MLLM], Any]], Any]:
+    def _stage_with(self, source: str, shared: Path | None) -> Callable[[str, Callable[[MLLM], Any]], Any]:
         """What runs stages that need the model of `source`; it is loaded for the first that is not finished."""
         loaded: list[MLLM] = []
 
@@ -361,7 +361,7 @@ class Run:
                     loaded.append(self._load(source))
                 return work(loaded[0])
 
-            return self.stages.run(key, load_and_work, shared=self._shared(source))
+            return self.stages.run(key, load_and_work, shared=shared)
 
         return stage
 

@@ -17,7 +17,10 @@ class NotPossibleError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A model under attack. `name`: which of the run's models it is. `vanilla` loads the model before unlearning."""
+    """A model under attack. `name`: which of the run's models it is. `vanilla` loads the model before unlearning.
+
+    `seed` decides every draw. It is not the recipe's: figures of a taught model are shared by runs of several seeds.
+    """
 
     name: str
     mllm: MLLM
