@@ -318,10 +318,10 @@ class RelearnConfig(Section):
 
 
 class ModuleRestoreAttack(Section):
-    """Put the vanilla model's visual modules back. What is not kept anywhere else comes back by construction."""
+    """Put modules of the vanilla model back. What is not kept anywhere else comes back by construction."""
 
     kind: Literal["module_restore"]
-    parts: tuple[Literal["encoder", "projector"], ...] = Field(default=("encoder", "projector"), min_length=1)
+    parts: tuple[Part, ...] = Field(default=("encoder", "projector"), min_length=1)
 
 
 class QuantizeAttack(Section):

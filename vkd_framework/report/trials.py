@@ -131,7 +131,7 @@ def _unknown(kind: str) -> _Figure:
 _FIGURES: dict[str, tuple[_Figure, ...]] = {
     "module_restore": (
         _Figure(
-            lambda result: f"Vanilla's {' and '.join(_option(result, 'parts') or ())} put back",
+            lambda result: f"Vanilla's {' and '.join(_option(result, 'parts') or ())} put back".replace("_", " "),
             "Restoring every module that was tuned brings everything back, by construction.",
             _exact,
         ),
