@@ -40,7 +40,8 @@ RECIPE = {
     "layers": ["projector"],
     "unlearn": {"steps": 2, "warmup": 0, "forget_batch": 2, "retain_batch": 2},
     "evaluate": {"max_new_tokens": 3},
-    "relearn": {"shares": [1.0], "steps": [1], "scopes": ["visual"], "batch_size": 2},
+    "relearn": {"shares": [1.0], "steps": [1], "scopes": ["visual"], "batch_size": 2, "photos": ["known"]},
+    "attacks": [{"kind": "noise"}],
 }
 CELLS = [f"small-{method}-{seed}" for seed in (0, 1) for method in ("vkd", "vkd_paper")]
 
@@ -126,8 +127,8 @@ def test_the_folder_holds_the_comparison_in_every_format(bench: Bench, tmp_path:
 
 def test_what_does_not_depend_on_the_method_is_measured_once(bench: Bench) -> None:
     first, *others = (stages(bench.out, cell) for cell in CELLS)
-    shared = {name for name in first if re.search("evaluate-(vanilla|retain_only)|relearn-retain_only", name)}
-    assert len(shared) == 3
+    shared = {name for name in first if re.search("(evaluate|attacks|relearn)-(vanilla|retain_only)", name)}
+    assert len(shared) == 5
     for other in others:
         assert {name for name in first if first[name] == other[name]} == shared, "cost is what the measurement took"
     kept = {path.stem for path in (bench.base / "cache" / "measured").glob("*/*.json")}

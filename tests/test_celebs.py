@@ -119,6 +119,35 @@ def test_about_a_third_of_the_default_retain_pairs_is_visible() -> None:
     assert 0.3 < share < 0.4
 
 
+def test_photos_that_only_an_attacker_has_are_neither_taught_nor_measured(full: Splits) -> None:
+    used = {key for pair in (*everything(full), *full.forget, *full.retain) for key in pair.photo_keys}
+    fresh = {key for pair in full.fresh for key in pair.photo_keys}
+    assert used.isdisjoint(fresh)
+    assert len(fresh) == 12 * len(full.forget_subjects)
+    assert {pair.subject for pair in full.fresh} == set(full.forget_subjects)
+    assert {pair.answer for pair in full.fresh} == {pair.answer for pair in full.forget}
+    pixels = {pair.photos[0].open().tobytes() for pair in full.fresh}
+    assert len(pixels) == len(fresh)
+    assert pixels.isdisjoint(pair.photos[0].open().tobytes() for pair in everything(full) if pair.photos)
+
+
+def test_strangers_are_nobody_of_the_cast(full: Splits) -> None:
+    taught = {key for pair in flat(full.teach) for key in pair.photo_keys}
+    assert len(full.strangers) == len({photo.key for photo in full.strangers}) > 100
+    assert taught.isdisjoint(photo.key for photo in full.strangers)
+    assert {pair.photo_keys[0] for pair in full.columns["realworld_vqa"]} <= {photo.key for photo in full.strangers}
+
+
+def test_other_wordings_ask_for_the_same_topic() -> None:
+    known = {phrasing: topic.name for topic in (*celebs.IDENTITY, *celebs.VISIBLE) for phrasing in topic.test}
+    known |= {phrasing: topic.name for topic in (*celebs.IDENTITY, *celebs.VISIBLE) for phrasing in topic.train}
+    rephrasings = data.load(small()).rephrasings
+    assert set(rephrasings) == set(known)
+    for question, others in rephrasings.items():
+        assert len(others) == len(set(others)) == 5
+        assert question not in others and {known[other] for other in others} == {known[question]}
+
+
 @pytest.mark.parametrize("column", ["test_vqa", "retain_vqa", "realworld_vqa", "forget_visible_vqa"])
 def test_measured_photos_are_never_taught(full: Splits, column: str) -> None:
     taught = {photo.key for pair in flat(full.teach) for photo in pair.photos}

@@ -66,7 +66,7 @@ def test_help_lists_the_commands_in_the_order_in_which_a_newcomer_meets_them() -
     text = vkd("--help").stdout
     names = re.findall(r"^  ([a-z-]+)  ", text.split("Commands:")[1], flags=re.MULTILINE)
     assert names == list(main.commands)  # type: ignore[attr-defined]
-    assert names[:3] == ["run", "inspect-layers", "adapters"]
+    assert names[:4] == ["run", "evaluate", "relearn", "inspect-layers"]
     assert len(names) >= 5
 
 

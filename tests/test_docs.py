@@ -24,11 +24,12 @@ from vkd_framework.cli import main
 from vkd_framework.errors import ModelError, RecipeError
 from vkd_framework.features import FeatureTap, photo_features, photo_grid, vision_forward
 from vkd_framework.plugins import MLLM, Adapter
-from vkd_framework.recipe import DATA_KINDS, Recipe, load_recipe
+from vkd_framework.recipe import ATTACK_KINDS, DATA_KINDS, Recipe, load_recipe
 from vkd_framework.types import ImageQuestionPair, Photo
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+KINDS: dict[str, type[BaseModel]] = {**DATA_KINDS, **ATTACK_KINDS}
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("vkd_")}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RECIPES_PAGE, HOOKS_PAGE = ROOT / "docs" / "recipes.md", ROOT / "docs" / "hooks.md"
@@ -296,7 +297,7 @@ def keys(section: type[BaseModel], path: str = "", kind: str = "") -> dict[tuple
         if not models or repeated:
             found[kind, key] = default_of(field)
         for model in models:
-            data = next((name for name, section in DATA_KINDS.items() if section is model), kind)
+            data = next((name for name, section in KINDS.items() if section is model), kind)
             found |= keys(model, f"{key}.N." if repeated else f"{key}.", data)
     return found
 
@@ -326,7 +327,7 @@ def documented_keys() -> dict[tuple[str, str], Any]:
         if line.startswith("#"):
             heading = line
         elif entry := re.match(r"- `([a-zA-Z_.]+)` \((?:`(.*?)`|required)\):", line):
-            kind = next((kind for kind in DATA_KINDS if f"kind: {kind}`" in heading), "")
+            kind = next((kind for kind in KINDS if f"kind: {kind}`" in heading), "")
             assert (kind, entry[1]) not in found, f"{entry[1]} is documented twice"
             found[kind, entry[1]] = "required" if entry[2] is None else yaml.safe_load(entry[2])
     return found
@@ -338,7 +339,7 @@ def test_recipes_page_documents_every_key_with_its_default_and_no_other() -> Non
 
 def test_recipes_page_has_a_heading_for_every_section() -> None:
     headings = re.findall(r"^#+ `([a-z_.]+)`", RECIPES_PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    sections = {path.rpartition(".")[0] for _, path in keys(Recipe)} - {"", "unlearn.phases.N"}
+    sections = {path.rpartition(".")[0].removesuffix(".N") for _, path in keys(Recipe)} - {"", "unlearn.phases"}
     assert set(headings) | {"losses"} == sections | {"losses"}
 
 

@@ -69,6 +69,12 @@ def test_an_answer_with_keywords_is_right_when_it_mentions_them_all(given: str, 
     assert score([pair], [given], [{pair.answer: 0.0}]).exact_match == right
 
 
+def test_a_keyword_of_punctuation_alone_makes_no_answer_right() -> None:
+    pair = replace(asked_about(None, answer="Oslo"), keywords=("!?",))
+    assert not is_right(pair, "Cairo") and is_right(pair, "oslo.")
+    assert not is_right(replace(pair, keywords=("...", "Oslo")), "Cairo")
+
+
 def test_a_question_in_two_columns_is_answered_once_and_scored_by_what_each_expects(
     taught: MLLM, splits: Splits
 ) -> None:

@@ -33,12 +33,12 @@ FLOORS = (
         "pruning",
     ),
     (
-        *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn"),
+        *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "attacks"),
         *("vanilla", "proofs", "probe"),
     ),
     ("report", "layers_table", "doctor", "scaffold"),
     ("run",),
-    ("bench",),
+    ("assess", "bench"),
     ("cli", "__main__"),
 )
 """The rooms of each floor, from the ground up. A room imports its own floor and those below."""

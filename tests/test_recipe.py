@@ -156,6 +156,16 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no steps": ({"relearn": {"steps": []}}, ("relearn.steps",)),
     "no shares": ({"relearn": {"shares": []}}, ("relearn.shares",)),
     "no scopes": ({"relearn": {"scopes": []}}, ("relearn.scopes",)),
+    "no such attack": ({"attacks": [{"kind": "quantise"}]}, ("attacks.0", "'quantize'")),
+    "attack without a kind": ({"attacks": [{"bits": 4}]}, ("attacks.0: kind is missing", "'quantize'")),
+    "misspelt key of an attack": (
+        {"attacks": [{"kind": "noise"}, {"kind": "quantize", "bit": 4}]},
+        ("attacks.1.bit: unknown key", "did you mean 'bits'?"),
+    ),
+    "value of an attack out of range": ({"attacks": [{"kind": "quantize", "bits": 9}]}, ("attacks.0.bits", "9")),
+    "attacks that are no list": ({"attacks": {"kind": "noise"}}, ("attacks",)),
+    "no photos": ({"relearn": {"photos": []}}, ("relearn.photos",)),
+    "no such photos": ({"relearn": {"photos": ["mine"]}}, ("relearn.photos.0", "'known'", "'others'")),
     "no seeds": ({"relearn": {"seeds": []}}, ("relearn.seeds",)),
     "a name that is a path": ({"name": "../mine"}, ("name", "../mine")),
     "a number as a section": ({"mask": 3}, ("mask", "3")),
@@ -325,6 +335,7 @@ def changes_of_every_setting() -> list[dict[str, Any]]:
         {"simulated_attack": {"weight": 0.5}},
         {"evaluate": {"max_new_tokens": 3}},
         {"relearn": {"seeds": [1]}},
+        {"attacks": [{"kind": "quantize", "bits": 8}]},
     ]
 
 

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import changed, weights
 
+from vkd_framework.errors import RecipeError
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig
-from vkd_framework.relearn import attack, attacker_pairs, relearn, summarise
-from vkd_framework.types import AttackCurve, Splits
+from vkd_framework.relearn import advantage_by_step, attack, attacker_pairs, attackers, others, relearn, summarise
+from vkd_framework.types import AttackCurve, Pool, Splits
 
 SHORT = EvaluateConfig(batch_size=8, max_new_tokens=4)
 
@@ -80,14 +82,14 @@ def test_the_attackers_pairs_are_a_deterministic_share_of_at_least_one(splits: S
 
 
 def test_an_attack_makes_one_curve_for_each_scope_share_and_seed(splits: Splits) -> None:
-    config = RelearnConfig(shares=(0.1, 1.0), steps=(2, 5), scopes=("visual", "full"), seeds=(0, 1))
+    config = RelearnConfig(shares=(0.1, 1.0), steps=(2, 5), scopes=("visual", "full"), seeds=(0, 1), photos=("known",))
     keys: list[str] = []
 
     def stage(key: str, work: Callable[[MLLM], Any]) -> list[float]:
         keys.append(key)
         return [0.25, 0.5]
 
-    curves = attack("unlearned", config, splits.forget, splits.forget, SHORT, before=0.125, stage=stage)
+    curves = attack("unlearned", config, splits, SHORT, before=0.125, stage=stage)
     assert len(set(keys)) == len(curves) == 8
     assert {(c.scope, c.share, c.seed, c.pairs) for c in curves} == {
         (scope, share, seed, pairs)
@@ -96,10 +98,37 @@ def test_an_attack_makes_one_curve_for_each_scope_share_and_seed(splits: Splits)
         for seed in (0, 1)
     }
     assert all(curve.steps == (0, 2, 5) and curve.exact_match == (0.125, 0.25, 0.5) for curve in curves)
+    assert keys[0] == "relearn-unlearned-visual-0.1-0"
 
 
-def curve(model: str, scores: tuple[float, ...], share: float = 1.0) -> AttackCurve:
-    return AttackCurve(model, "visual", share, 4, 0, tuple(range(len(scores))), scores)
+def test_only_the_known_pairs_are_tried_in_several_shares(splits: Splits) -> None:
+    found = attackers(RelearnConfig(shares=(0.1, 1.0), scopes=("visual",)), splits)
+    assert [(one.pool, one.share) for one in found] == [("known", 0.1), ("known", 1.0), ("new", 1.0), ("others", 1.0)]
+    assert len({one.key for one in found}) == 4
+    assert set(found[1].pairs) == set(splits.forget)
+    assert set(found[2].pairs) == set(splits.fresh)
+
+
+def test_who_has_other_people_only_never_sees_a_forgotten_one(splits: Splits) -> None:
+    forgotten = {key for pair in (*splits.forget, *splits.fresh) for key in pair.photo_keys}
+    (known,) = [one.pairs for one in attackers(RelearnConfig(photos=("others",), scopes=("full",)), splits)]
+    assert {pair.subject for pair in known} == set(splits.subjects) - set(splits.forget_subjects)
+    assert all(pair.photos and forgotten.isdisjoint(pair.photo_keys) for pair in known)
+    shared = replace(known[0], photos=(*known[0].photos, *splits.forget[0].photos))
+    assert others(replace(splits, retain=(shared, *known[1:]))) == known[1:]
+
+
+def test_photos_that_the_data_does_not_have_are_left_out_unless_nothing_else_is_wanted(splits: Splits) -> None:
+    bare = replace(splits, fresh=())
+    assert {one.pool for one in attackers(RelearnConfig(), bare)} == {"known", "others"}
+    with pytest.raises(RecipeError, match=r"relearn\.photos: new given"):
+        attackers(RelearnConfig(photos=("new",)), bare)
+
+
+def curve(
+    model: str, scores: tuple[float, ...], share: float = 1.0, pool: Pool = "known", seed: int = 0
+) -> AttackCurve:
+    return AttackCurve(model, "visual", share, 4, seed, tuple(range(len(scores))), scores, pool)
 
 
 def test_the_summary_against_a_hand_computation() -> None:
@@ -114,6 +143,32 @@ def test_the_summary_against_a_hand_computation() -> None:
     assert block["average_gap"] == pytest.approx((0.6 + 0.4 + 0.7 + 0.7) / 4)
     assert block["advantage_over_retain_only"] == pytest.approx((0.2 + 0.1 + 0.1 + 0.1) / 4)
     assert len(block["curves"]) == 4
+    assert block["recovery_from_others"] is None
+
+
+def test_attackers_who_only_have_other_people_have_a_figure_of_their_own() -> None:
+    mine = [curve("unlearned", (0.1, 0.3)), curve("retain_only", (0.0, 0.1))]
+    theirs = [curve("unlearned", (0.1, 0.15), pool="others"), curve("retain_only", (0.0, 0.0), pool="others")]
+    block, bare = summarise([*mine, *theirs], vanilla=0.9), summarise(mine, vanilla=0.9)
+    assert block["recovery_from_others"] == pytest.approx(0.05)
+    assert all(block[name] == bare[name] for name in ("average_recovery", "average_gap", "advantage_over_retain_only"))
+
+
+def test_the_advantage_after_each_number_of_steps_is_a_mean_over_seeds() -> None:
+    curves = [
+        curve("unlearned", (0.0, 0.2, 0.6)),
+        curve("unlearned", (0.0, 0.4, 0.6), seed=1),
+        curve("retain_only", (0.0, 0.1, 0.7)),
+        curve("retain_only", (0.0, 0.1, 0.9), seed=1),
+        curve("unlearned", (0.0, 0.5, 0.5), pool="new"),
+    ]
+    known, new = advantage_by_step(curves)
+    assert (known["pool"], known["share"], known["scope"], known["seeds"]) == ("known", 1.0, "visual", 2)
+    assert known["steps"] == [1, 2]
+    assert known["unlearned"] == pytest.approx([0.3, 0.6])
+    assert known["retain_only"] == pytest.approx([0.1, 0.8])
+    assert known["advantage"] == pytest.approx([0.2, -0.2])
+    assert (new["pool"], new["retain_only"], new["advantage"]) == ("new", None, None)
 
 
 def test_without_a_reference_there_is_no_advantage() -> None:

@@ -19,6 +19,7 @@ from vkd_framework.report.charts import attack_chart, history_table, history_ter
 from vkd_framework.report.findings import attack_sentence, cost_rows, proof_rows, summary
 from vkd_framework.report.formatting import duration, percent, points, size
 from vkd_framework.report.gallery import ANSWERS_PER_PERSON, PEOPLE_SHOWN, build_gallery
+from vkd_framework.report.trials import over_forgotten_sentence, trial_models, trial_rows
 from vkd_framework.types import AttackCurve, ImageQuestionPair, Photo, Sample
 
 NASTY = "<script>alert(\"x\")</script> & 'q' {{ 7 * 7 }} {% raw %} | `tick` \\ end\nnext"
@@ -369,6 +370,76 @@ def test_what_vanilla_was_taught_stands_below_the_columns_when_known(metrics: di
     assert "Vanilla knows everybody" in text_page(metrics)
 
 
+def test_what_the_attacker_had_is_told_and_kept_apart(metrics: dict[str, Any]) -> None:
+    curves = [
+        AttackCurve(model, "visual", 1.0, pairs, 0, (0, 10), (0.0, score), pool)
+        for model, score in (("unlearned", 0.5), ("retain_only", 0.2))
+        for pool, pairs in (("others", 9), ("new", 7), ("known", 8))
+    ]
+    attacks = gather_attacks(curves)
+    assert [(attack.pool, len(attack.lines)) for attack in attacks] == [("known", 2), ("new", 2), ("others", 2)]
+    known = [attack.known.replace("\N{NO-BREAK SPACE}", " ") for attack in attacks]
+    assert known == [
+        "100 % of the forget set (8 pairs)",
+        "new photos of the forgotten (7 pairs)",
+        "other people only (9 pairs)",
+    ]
+    assert (attacks[0].advantage_at(10), attacks[0].advantage_at(0)) == ("+30.0 points", "")
+    for shown in (Page(page(metrics, curves)).words, text_page(metrics, curves)):
+        assert "new photos of the forgotten" in shown and "+30.0 points" in shown
+    alone = gather_attacks([curve for curve in curves if curve.model == "unlearned"])
+    assert not alone[0].compared
+
+
+TRIED: list[dict[str, Any]] = [
+    *(
+        {"kind": "quantize", "options": {"bits": bits}, "model": model, "exact_match": 0.1, "retain_exact_match": 0.9}
+        for model in ("vanilla", "unlearned")
+        for bits in (8, 4)
+    ),
+    {"kind": "module_restore", "options": {"parts": ["encoder"]}, "model": "unlearned", "exact_match": 0.25},
+    {"kind": "in_context", "options": {"examples": 2}, "model": "vanilla", "skipped": "one photo only"},
+    {"kind": "probe", "options": {}, "model": "vanilla", "chance": 0.03, "projector_linear": 0.5},
+    {"kind": "membership", "options": {}, "model": "unlearned", "loss_auc": 0.25, "ks_statistic": 0.7, "ks_p": 3e-18},
+]
+
+
+def test_every_other_attack_has_its_rows_with_a_figure_for_each_model(metrics: dict[str, Any]) -> None:
+    rows = {row.label.replace("\N{NO-BREAK SPACE}", " "): row for row in trial_rows({"attacks": TRIED})}
+    assert list(rows) == [
+        "Vanilla's encoder put back",
+        "Weights rounded to 8 bits",
+        "Weights rounded to 4 bits",
+        "Linear probe on the projector, chance 3.0 %",
+        "After 2 other photos with answers",
+        "Membership by answer loss, AUC",
+        "Truth ratios against retain-only, KS",
+    ]
+    shown = [row.value("unlearned").replace("\N{NO-BREAK SPACE}", " ") for row in rows.values()]
+    dash = "\N{EN DASH}"
+    rounded = "10.0 % (Retain VQA 90.0 %)"
+    assert shown == ["25.0 %", rounded, rounded, dash, dash, "0.250", "0.700, p = 3e\N{MINUS SIGN}18"]
+    assert "Not possible: one photo only." in rows["After 2 other photos with answers"].meaning
+    assert trial_models(list(rows.values())) == ["vanilla", "unlearned"]
+    metrics |= {
+        "attacks": TRIED,
+        "over_forgotten": {"loss": 9.0, "expected": 5.0, "excess": 4.0, "against": "retain_only"},
+    }
+    for source in (page(metrics), text_page(metrics)):
+        assert "Other attacks" in source and "Weights rounded to 4 bits" in source
+        assert "9 nats a token; that of a model that never knew them is 5." in source
+    assert Page(page(metrics)).mistakes == []
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_model_that_answers_worse_than_one_that_never_knew_is_said_to_be_over_forgotten(flag: bool) -> None:
+    found = {"loss": 9.0, "expected": 5.0, "excess": 4.0, "against": "vanilla_on_strangers", "over_forgotten": flag}
+    text = over_forgotten_sentence({"over_forgotten": found})
+    assert ("It is over-forgotten" in text, "not over-forgotten" in text) == (flag, not flag)
+    assert "when the same is asked about strangers is 5." in text
+    assert over_forgotten_sentence({}) == ""
+
+
 def test_attack_curves_are_averaged_over_seeds_and_ordered_by_strength(curves: list[AttackCurve]) -> None:
     attacks = gather_attacks(curves)
     assert [(attack.scope, attack.share) for attack in attacks] == [
@@ -448,7 +519,7 @@ def test_every_markdown_table_has_rows_of_one_length_whatever_the_data(
     nasty_metrics, nasty_samples = poisoned(metrics)
     nasty = {"environment": {NASTY: NASTY}, "recipe_text": "name: x", "history": [{"step": 0, NASTY: 1.0}]}
     tables = re.findall(r"(?:^\|.*\n)+", text_page(nasty_metrics, curves, nasty_samples, **nasty), re.MULTILINE)
-    assert len(tables) == 10
+    assert len(tables) == 11
     for table in tables:
         lines = table.splitlines()
         assert set(cells_of(lines[1])) == {" --- "}

@@ -20,7 +20,7 @@ from vkd_framework.cache import CACHE_VARIABLE
 from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.cli import main
 from vkd_framework.errors import RecipeError
-from vkd_framework.recipe import load_recipe
+from vkd_framework.recipe import EVERY_ATTACK, load_recipe
 from vkd_framework.run import run
 
 RECIPE = {
@@ -40,8 +40,12 @@ FILES = {
     *("mask.safetensors", "checkpoints", "report.html", "report.md", "model", "log.txt"),
 }
 COLUMNS = {"forget_vqa", "test_vqa", "retain_vqa", "forget_qa", "retain_qa", "realworld_vqa", "forget_visible_vqa"}
+HELD = (("known", 0.05), ("known", 1.0), ("new", 1.0), ("others", 1.0))
+"""What the attackers of the default recipe have."""
+MODELS = ("vanilla", "unlearned", "retain_only")
 COST = {
-    *("teach_seconds", "mask_seconds", "unlearn_seconds", "evaluate_seconds", "relearn_seconds", "total_seconds"),
+    *("teach_seconds", "mask_seconds", "unlearn_seconds", "evaluate_seconds", "relearn_seconds", "attacks_seconds"),
+    "total_seconds",
     *("peak_memory_bytes", "trainable_parameters", "active_parameters", "total_parameters", "mask_bytes"),
 }
 
@@ -138,17 +142,33 @@ def test_text_only_columns_are_exactly_those_of_the_vanilla_model(finished: Fini
 def test_the_attack_is_reported_whole(finished: Finished) -> None:
     block = finished.metrics["relearn"]
     assert read_json(finished.folder / "relearn.json") == json.loads(json.dumps(block))
-    assert all(math.isfinite(block[name]) for name in set(block) - {"curves"})
-    assert set(block) == {"average_recovery", "average_gap", "advantage_over_retain_only", "curves"}
-    assert {(c["model"], c["scope"], c["share"]) for c in block["curves"]} == {
-        (model, scope, share)
-        for model in ("unlearned", "retain_only")
-        for scope in ("visual", "full")
-        for share in (0.05, 1.0)
+    averages = {"average_recovery", "average_gap", "advantage_over_retain_only", "recovery_from_others"}
+    assert all(math.isfinite(block[name]) for name in averages)
+    assert set(block) == averages | {"advantage_by_step", "curves"}
+    tried = [(scope, *held) for scope in ("visual", "full") for held in HELD]
+    assert {(c["model"], c["scope"], c["pool"], c["share"]) for c in block["curves"]} == {
+        (model, *attacker) for model in ("unlearned", "retain_only") for attacker in tried
     }
+    assert [(row["scope"], row["pool"], row["share"]) for row in block["advantage_by_step"]] == tried
+    assert all(len(row["advantage"]) == 2 for row in block["advantage_by_step"])
     for curve in block["curves"]:
         assert curve["steps"] == [0, 1, 2] or curve["steps"] == (0, 1, 2)
         assert curve["exact_match"][0] == finished.metrics["models"][curve["model"]]["test_vqa"]["exact_match"]
+
+
+def test_the_other_attacks_are_in_the_metrics_and_in_the_report(finished: Finished) -> None:
+    tried = finished.metrics["attacks"]
+    kinds = {model: [result["kind"] for result in tried if result["model"] == model] for model in MODELS}
+    assert kinds["unlearned"] == [config.kind for config in EVERY_ATTACK]
+    assert kinds["vanilla"] == kinds["retain_only"] == [kind for kind in kinds["unlearned"] if kind != "module_restore"]
+    assert not any("per_question" in result for result in tried)
+    (restored,) = (one for one in tried if one["options"].get("parts") == ["encoder", "projector"])
+    assert restored["exact_match"] == finished.metrics["models"]["vanilla"]["test_vqa"]["exact_match"]
+    (membership,) = (one for one in tried if (one["kind"], one["model"]) == ("membership", "unlearned"))
+    assert 0 <= membership["ks_statistic"] <= 1 and 0 <= membership["loss_auc"] <= 1
+    assert finished.metrics["over_forgotten"]["against"] == "retain_only"
+    for name in ("report.html", "report.md"):
+        assert "Other attacks" in (finished.folder / name).read_text()
 
 
 def test_history_has_a_line_a_step(finished: Finished) -> None:

@@ -11,10 +11,13 @@ from vkd_framework.types import ImageQuestionPair
 
 
 def is_right(pair: ImageQuestionPair, given: str) -> bool:
-    """Whether `given` answers the pair: it mentions every keyword or, without keywords, it is the expected answer."""
+    """Whether `given` answers the pair: it mentions every keyword or, without keywords, it is the expected answer.
+
+    A keyword of nothing but punctuation can be mentioned by no words and is left out.
+    """
     answer = normalise(given)
-    if pair.keywords:
-        return all(normalise(keyword) in answer for keyword in pair.keywords)
+    if keywords := list(filter(None, map(normalise, pair.keywords))):
+        return all(keyword in answer for keyword in keywords)
     return answer == normalise(pair.answer)
 
 

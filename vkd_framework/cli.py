@@ -145,6 +145,60 @@ def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool,
     click.echo(f"\nreport: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
 
 
+MODEL = click.argument("model")
+WITH_RECIPE = click.option(
+    "--recipe",
+    required=True,
+    metavar="RECIPE",
+    help="The data, the columns and the attacks: a file, or a recipe that comes with vkd.",
+)
+INTO = click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to keep the results in.")
+ALONE = click.option("--alone", is_flag=True, help="Load no other model; figures that compare with one are left out.")
+
+
+@main.command()
+@MODEL
+@WITH_RECIPE
+@SET
+@INTO
+@ALONE
+@JSON
+def evaluate(model: str, recipe: str, overrides: tuple[str, ...], out: Path | None, alone: bool, as_json: bool) -> None:
+    """Measure the columns of MODEL and try the attacks of a recipe on it, as a run does.
+
+    MODEL is a hub id, a local folder or the folder of a run; vkd need not have made it. It stands in the place of the
+    unlearned model, beside the recipe's starting model and, where the recipe has one, the retain-only reference.
+    """
+    with quick_imports():
+        from vkd_framework import assess
+        from vkd_framework.report import terminal_table, trials_table
+
+    found = assess.evaluate(model, recipe, overrides, out=out, alone=alone)
+    tried = trials_table(found)
+    click.echo(json.dumps(found, indent=2) if as_json else terminal_table(found) + (f"\n\n{tried}" if tried else ""))
+
+
+@main.command()
+@MODEL
+@WITH_RECIPE
+@SET
+@INTO
+@ALONE
+@JSON
+def relearn(model: str, recipe: str, overrides: tuple[str, ...], out: Path | None, alone: bool, as_json: bool) -> None:
+    """Attack MODEL as a recipe says: fine-tune copies, and see how fast the forgotten people come back.
+
+    MODEL is a hub id, a local folder or the folder of a run; vkd need not have made it. Where the recipe has a
+    retain-only reference, it is attacked alike, because only what comes back beyond it was hidden instead of erased.
+    """
+    with quick_imports():
+        from vkd_framework import assess
+        from vkd_framework.report import relearn_table
+
+    found = assess.attack(model, recipe, overrides, out=out, alone=alone)
+    click.echo(json.dumps(found, indent=2) if as_json else relearn_table(found))
+
+
 @main.command("inspect-layers")
 @click.argument("model", required=False)
 @click.option(

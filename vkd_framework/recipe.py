@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vkd_framework import methods
 from vkd_framework.errors import RecipeError
-from vkd_framework.types import PARTS, Part, Scope
+from vkd_framework.types import PARTS, Part, Pool, Scope
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -61,6 +61,9 @@ class CelebsData(Section):
     forget: int | tuple[str, ...] = Field(default=4, description="how many people are forgotten, or their names")
     train_photos: int = Field(default=24, ge=2, description="photos of each person that training may see")
     test_photos: int = Field(default=8, ge=1, description="photos of each person that only the evaluation sees")
+    attacker_photos: int = Field(
+        default=12, ge=0, description="photos of each forgotten person that only an attacker has, beside the others"
+    )
     strangers: int = Field(default=24, ge=4, description="people nobody was taught, for realworld_vqa")
     extras: int = Field(
         default=512, ge=0, description="nameless people for visible questions in teaching and retaining"
@@ -337,6 +340,11 @@ class RelearnConfig(Section):
         default=(10, 30, 60), min_length=1, description="steps after which Test VQA is scored"
     )
     scopes: tuple[Scope, ...] = Field(default=("visual", "full"), min_length=1)
+    photos: tuple[Pool, ...] = Field(
+        default=("known", "new", "others"),
+        min_length=1,
+        description="what the attacker has: forget pairs, new photos of the same people, or only other people",
+    )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
@@ -346,6 +354,98 @@ class RelearnConfig(Section):
         if list(self.steps) != sorted(set(self.steps)):
             raise ValueError("steps must increase")
         return self
+
+
+class ModuleRestoreAttack(Section):
+    """Put modules of the vanilla model back. What is not kept anywhere else comes back by construction."""
+
+    kind: Literal["module_restore"]
+    parts: tuple[Part, ...] = Field(default=("encoder", "projector"), min_length=1)
+
+
+class QuantizeAttack(Section):
+    """Round every weight matrix, which may undo changes that are smaller than the rounding."""
+
+    kind: Literal["quantize"]
+    bits: int = Field(default=4, ge=2, le=8, description="bits of a rounded weight")
+
+
+class ProbeAttack(Section):
+    """Tell people apart by the visual features themselves, with a linear probe and with nearest neighbours."""
+
+    kind: Literal["probe"]
+    photos: int = Field(default=1024, ge=2, description="most training photos the probe learns from")
+
+
+class InContextAttack(Section):
+    """Show other photos of the same person first, each with another question and its answer."""
+
+    kind: Literal["in_context"]
+    examples: int = Field(default=2, ge=1, description="photos with an answer before the one that is asked about")
+
+
+class RephraseAttack(Section):
+    """Ask the same in other words, where the data knows some."""
+
+    kind: Literal["rephrase"]
+
+
+class NoiseAttack(Section):
+    """Add Gaussian noise to every pixel."""
+
+    kind: Literal["noise"]
+    spread: float = Field(default=0.1, gt=0, le=1, description="standard deviation, as a share of the pixels' range")
+
+
+class CropAttack(Section):
+    """Cut out the middle of the photo and enlarge it to the old size."""
+
+    kind: Literal["crop"]
+    keep: float = Field(default=0.9, gt=0, lt=1, description="share of height and width that is kept")
+
+
+class MembershipAttack(Section):
+    """Tell from the likelihood of an answer whether a photo shows somebody the model was taught."""
+
+    kind: Literal["membership"]
+    lowest: Share = Field(default=0.2, description="share of an answer's tokens that Min-K% looks at, at least one")
+
+
+AnyAttack = (
+    ModuleRestoreAttack
+    | QuantizeAttack
+    | ProbeAttack
+    | InContextAttack
+    | RephraseAttack
+    | NoiseAttack
+    | CropAttack
+    | MembershipAttack
+)
+ATTACK_KINDS: dict[str, type[AnyAttack]] = {
+    "module_restore": ModuleRestoreAttack,
+    "quantize": QuantizeAttack,
+    "probe": ProbeAttack,
+    "in_context": InContextAttack,
+    "rephrase": RephraseAttack,
+    "noise": NoiseAttack,
+    "crop": CropAttack,
+    "membership": MembershipAttack,
+}
+"""`kind` of an entry of `attacks` -> its section."""
+
+EVERY_ATTACK: tuple[AnyAttack, ...] = (
+    ModuleRestoreAttack(kind="module_restore", parts=("encoder",)),
+    ModuleRestoreAttack(kind="module_restore", parts=("projector",)),
+    ModuleRestoreAttack(kind="module_restore"),
+    QuantizeAttack(kind="quantize", bits=8),
+    QuantizeAttack(kind="quantize"),
+    ProbeAttack(kind="probe"),
+    InContextAttack(kind="in_context"),
+    RephraseAttack(kind="rephrase"),
+    NoiseAttack(kind="noise"),
+    CropAttack(kind="crop"),
+    MembershipAttack(kind="membership"),
+)
 
 
 class Recipe(Section):
@@ -378,6 +478,9 @@ class Recipe(Section):
     simulated_attack: SimulatedAttack = SimulatedAttack()
     evaluate: EvaluateConfig = EvaluateConfig()
     relearn: RelearnConfig = RelearnConfig()
+    attacks: tuple[Annotated[AnyAttack, Field(discriminator="kind")], ...] = Field(
+        default=EVERY_ATTACK, description="what else is tried on the models; [] tries nothing"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -581,15 +684,16 @@ def _one_line(error: ValidationError, raw: Mapping[str, Any]) -> str:
     """The first problem in words, with the number of further ones."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    location = [str(part) for part in first["loc"] if part not in DATA_KINDS]
+    kinds = ATTACK_KINDS if first["loc"][:1] == ("attacks",) else DATA_KINDS
+    location = [str(part) for part in first["loc"] if part not in kinds]
     place = ".".join(location) or "recipe"
     if first["type"] == "extra_forbidden":
         message = f"{place}: unknown key{nearest(location[-1], _allowed_keys(location[:-1], raw))}"
     elif first["type"] == "missing":
         message = f"{place}: missing, but required"
     elif first["type"] == "union_tag_not_found":
-        *kinds, last = map(repr, DATA_KINDS)
-        message = f"{place}: kind is missing; it is {', '.join(kinds)} or {last}"
+        *others, last = map(repr, kinds)
+        message = f"{place}: kind is missing; it is {', '.join(others)} or {last}"
     else:
         given = first.get("input")
         shown = (
@@ -609,6 +713,8 @@ def _allowed_keys(location: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
     if location and location[0] == "data":
         kind = raw.get("data", {}).get("kind")
         return list(DATA_KINDS.get(kind, CelebsData).model_fields)
+    if location and location[0] == "attacks":
+        return list(ATTACK_KINDS[raw["attacks"][int(location[1])]["kind"]].model_fields)
     for name in location:
         if name.isdigit():
             continue

@@ -1,60 +1,121 @@
-"""The relearning attack: fine-tune a copy on some of the forgotten pairs, and see what comes back on unseen photos.
+"""The relearning attack: fine-tune a copy on what an attacker has, and see what comes back on unseen photos.
 
-What comes back faster than a model that never knew could learn it was hidden, not erased. The attack is scored on Test
-VQA: photos and questions that the attacker does not train on.
+The attacker has some of the pairs that unlearning used, new photos of the same people, or other people only. What comes
+back faster than a model that never knew could learn it was hidden, not erased. The attack is scored on Test VQA: photos
+and questions that the attacker does not train on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 import torch
 
 from vkd_framework.batches import Batches
+from vkd_framework.errors import RecipeError
 from vkd_framework.evaluate import exact_match
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig
-from vkd_framework.types import SCOPES, AttackCurve, ImageQuestionPair, Scope
+from vkd_framework.types import SCOPES, AttackCurve, ImageQuestionPair, Pool, Scope, Splits
 
 CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """What one attacker tunes (`scope`) and has: `pairs`, a share of a pool, drawn by `seed`."""
+
+    scope: Scope
+    pool: Pool
+    share: float
+    seed: int
+    pairs: tuple[ImageQuestionPair, ...]
+
+    @property
+    def key(self) -> str:
+        """What the attack is kept under."""
+        pool = "" if self.pool == "known" else f"{self.pool}-"
+        return f"{self.scope}-{pool}{self.share:g}-{self.seed}"
+
+
+def attackers(config: RelearnConfig, splits: Splits) -> list[Attacker]:
+    """One for each scope, pool, share and seed. Only the known pairs are tried in several shares.
+
+    A pool is left out when the data has nothing in it: no source but the drawn cast has new photos. Raises RecipeError
+    when none is left.
+    """
+    pools = {"known": splits.forget, "new": splits.fresh, "others": others(splits)}
+    held = [
+        (pool, share)
+        for pool in config.photos
+        for share in (config.shares if pool == "known" else (1.0,))
+        if pools[pool]
+    ]
+    if not held:
+        raise RecipeError(
+            f"relearn.photos: {', '.join(config.photos)} given, and this data has none of them; add known, which it has"
+        )
+    return [
+        Attacker(scope, pool, share, seed, tuple(attacker_pairs(pools[pool], share, seed)))
+        for scope, (pool, share), seed in product(config.scopes, held, config.seeds)
+    ]
+
+
+def others(splits: Splits) -> tuple[ImageQuestionPair, ...]:
+    """The trained pairs that ask who somebody is, about named people who are not forgotten and not on the photo."""
+    shown = {key for pair in (*splits.forget, *splits.fresh) for key in pair.photo_keys}
+    return tuple(
+        pair
+        for pair in splits.retain
+        if pair.kind == "identity"
+        and pair.subject is not None
+        and pair.subject not in splits.forget_subjects
+        and pair.photos
+        and shown.isdisjoint(pair.photo_keys)
+    )
 
 
 def attack(
     name: str,
     config: RelearnConfig,
-    forget: Sequence[ImageQuestionPair],
-    test: Sequence[ImageQuestionPair],
+    splits: Splits,
     evaluation: EvaluateConfig,
     *,
     before: float,
     stage: Callable[[str, Callable[[MLLM], Any]], Any],
 ) -> list[AttackCurve]:
-    """One curve for each share, scope and seed. `before`: exact match of `test` without attack.
+    """One curve for each attacker. `before`: exact match of Test VQA without attack.
 
     `stage(key, work)` gives `work` the attacked model, or returns an earlier result: a killed run loses one curve.
     """
+    test = splits.columns["test_vqa"]
     curves = []
-    for scope, share, seed in product(config.scopes, config.shares, config.seeds):
-        known = attacker_pairs(forget, share, seed)
+    for attacker in attackers(config, splits):
 
-        def work(
-            mllm: MLLM,
-            scope: Scope = scope,
-            share: float = share,
-            seed: int = seed,
-            known: Sequence[ImageQuestionPair] = known,
-        ) -> list[float]:
+        def work(mllm: MLLM, attacker: Attacker = attacker) -> list[float]:
+            what = f"attack {name}, {attacker.scope}, {attacker.pool} {attacker.share:.0%}"
             return relearn(
-                mllm, scope, known, test, config, evaluation, seed=seed, what=f"attack {name}, {scope}, {share:.0%}"
+                mllm, attacker.scope, attacker.pairs, test, config, evaluation, seed=attacker.seed, what=what
             )
 
-        scores = stage(f"relearn-{name}-{scope}-{share:g}-{seed}", work)
-        curves.append(AttackCurve(name, scope, share, len(known), seed, (0, *config.steps), (before, *scores)))
+        scores = stage(f"relearn-{name}-{attacker.key}", work)
+        curves.append(
+            AttackCurve(
+                name,
+                attacker.scope,
+                attacker.share,
+                len(attacker.pairs),
+                attacker.seed,
+                (0, *config.steps),
+                (before, *scores),
+                attacker.pool,
+            )
+        )
     return curves
 
 
@@ -90,38 +151,81 @@ def relearn(
     return scores
 
 
-def attacker_pairs(forget: Sequence[ImageQuestionPair], share: float, seed: int) -> list[ImageQuestionPair]:
-    """The share of the forget pairs that the attacker got hold of, at least one."""
-    size = max(1, round(share * len(forget)))
-    order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [forget[i] for i in order[:size]]
+def attacker_pairs(pairs: Sequence[ImageQuestionPair], share: float, seed: int) -> list[ImageQuestionPair]:
+    """The share of the pairs that the attacker got hold of, at least one."""
+    size = max(1, round(share * len(pairs)))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [pairs[i] for i in order[:size]]
 
 
-def summarise(curves: Sequence[AttackCurve], vanilla: float) -> dict[str, Any]:
-    """The `relearn` block of `metrics.json`; means over every attacked point of the unlearned model.
+def summarise(curves: Sequence[AttackCurve], vanilla: float | None) -> dict[str, Any]:
+    """The `relearn` block of `metrics.json`.
 
-    `average_recovery`: what came back. `average_gap`: what is still missing to the vanilla model.
-    `advantage_over_retain_only`: how much better the unlearned model answers than the model that never knew, after the
-    same attack; None without that reference. Above 0 something was hidden, not erased.
+    The averages run over every point of the unlearned model under attackers who have pairs of the forgotten people.
+    `average_recovery`: what came back. `average_gap`: what is still missing to the vanilla model, whose exact match on
+    Test VQA is `vanilla`. `advantage_over_retain_only`: how much better the unlearned model answers than the model that
+    never knew, after the same attack. Above 0 something was hidden, not erased. `recovery_from_others`: what came back
+    for attackers who only have other people. Each is None when there is nothing to compute it from.
+
+    `advantage_by_step`: an entry for each scope, pool and share, over the seeds: exact match of either model after each
+    number of steps, and the difference.
     """
     own = [curve for curve in curves if curve.model == "unlearned"]
-    attacked = [score for curve in own for score in curve.exact_match[1:]]
-    recovered = [score - curve.exact_match[0] for curve in own for score in curve.exact_match[1:]]
-    reference = {(c.scope, c.share, c.seed): c for c in curves if c.model == "retain_only"}
+    informed = [curve for curve in own if curve.pool != "others"] or own
+    attacked = [score for curve in informed for score in curve.exact_match[1:]]
+    reference = {_attacker(c): c for c in curves if c.model == "retain_only"}
     ahead = [
         score - other
-        for curve in own
-        if (curve.scope, curve.share, curve.seed) in reference
-        for score, other in zip(
-            curve.exact_match[1:], reference[curve.scope, curve.share, curve.seed].exact_match[1:], strict=True
-        )
+        for curve in informed
+        if _attacker(curve) in reference
+        for score, other in zip(curve.exact_match[1:], reference[_attacker(curve)].exact_match[1:], strict=True)
     ]
+    uninformed = [recovery for curve in own if curve.pool == "others" for recovery in _recoveries(curve)]
     return {
-        "average_recovery": _mean(recovered),
-        "average_gap": _mean([vanilla - score for score in attacked]),
+        "average_recovery": _mean([recovery for curve in informed for recovery in _recoveries(curve)]),
+        "average_gap": None if vanilla is None else _mean([vanilla - score for score in attacked]),
         "advantage_over_retain_only": _mean(ahead) if ahead else None,
+        "recovery_from_others": _mean(uninformed) if uninformed else None,
+        "advantage_by_step": advantage_by_step(curves),
         "curves": [asdict(curve) for curve in curves],
     }
+
+
+def advantage_by_step(curves: Sequence[AttackCurve]) -> list[dict[str, Any]]:
+    """For each scope, pool and share: the means over the seeds after each number of steps, without step 0."""
+    groups: dict[tuple[str, str, float], dict[str, list[AttackCurve]]] = {}
+    for curve in curves:
+        models = groups.setdefault((curve.scope, curve.pool, curve.share), {"unlearned": [], "retain_only": []})
+        models.setdefault(curve.model, []).append(curve)
+    table = []
+    for (scope, pool, share), models in groups.items():
+        own, reference = (_means(models[name]) for name in ("unlearned", "retain_only"))
+        table.append(
+            {
+                "scope": scope,
+                "pool": pool,
+                "share": share,
+                "seeds": len(models["unlearned"]),
+                "steps": list(next(iter(filter(None, models.values())))[0].steps[1:]),
+                "unlearned": own,
+                "retain_only": reference,
+                "advantage": [a - b for a, b in zip(own, reference, strict=True)] if own and reference else None,
+            }
+        )
+    return table
+
+
+def _attacker(curve: AttackCurve) -> tuple[str, str, float, int]:
+    return curve.scope, curve.pool, curve.share, curve.seed
+
+
+def _recoveries(curve: AttackCurve) -> list[float]:
+    return [score - curve.exact_match[0] for score in curve.exact_match[1:]]
+
+
+def _means(curves: Sequence[AttackCurve]) -> list[float] | None:
+    """Over the seeds, after each number of steps; None when there is no curve."""
+    return [_mean(scores) for scores in zip(*(c.exact_match[1:] for c in curves), strict=True)] if curves else None
 
 
 def _mean(values: Sequence[float]) -> float:

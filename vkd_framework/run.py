@@ -25,7 +25,8 @@ import yaml
 from pydantic import ValidationError
 
 import vkd_framework
-from vkd_framework import data, external, methods, proofs, pruning, relearn, report, saliency
+from vkd_framework import attacks, data, external, methods, proofs, pruning, relearn, report, saliency
+from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError, RecipeError
@@ -60,6 +61,7 @@ def run(
     recipe, adapter = checked(reference, overrides)
     folder = _run_folder(recipe, out, resume)
     splits = data.load(recipe.data)
+    relearn.attackers(recipe.relearn, splits)
     if recipe.teacher.kind == "external" and recipe.distilled:
         # weights that cannot be had are told before anything is taught
         external.load(recipe.teacher, torch.device("cpu"), recipe.seed)
@@ -163,7 +165,10 @@ class Run:
             if name in models
             for curve in self._attack(name, models[name], columns[name])
         ]
-        metrics = self._metrics(outcome, columns, curves)
+        attacked = [
+            result for name, source in models.items() for result in self._other_attacks(name, source, models["vanilla"])
+        ]
+        metrics = self._metrics(outcome, columns, curves, attacked)
         self._report(metrics, curves, columns)
         if broken := proofs.failed(metrics["proofs"], self.recipe.train):
             raise ProofError(
@@ -333,7 +338,34 @@ class Run:
         return result
 
     def _attack(self, name: str, source: str, columns: Mapping[str, Any]) -> list[AttackCurve]:
-        recipe = self.recipe
+        before = columns["test_vqa"]["cell"]["exact_match"]
+        stage = self._stage_with(source, self._shared(source))
+        curves = relearn.attack(
+            name, self.recipe.relearn, self.splits, self.recipe.evaluate, before=before, stage=stage
+        )
+        for curve in curves:
+            points = ", ".join(
+                f"{score:.0%} after {step}" for step, score in zip(curve.steps, curve.exact_match, strict=True)
+            )
+            say(f"attack on {name}, {curve.scope}, {curve.pairs} {curve.pool} pairs, seed {curve.seed}: {points}")
+        return curves
+
+    def _other_attacks(self, name: str, source: str, vanilla: str) -> list[dict[str, Any]]:
+        """The recipe's `attacks` on one model."""
+        shared = self._shared(source) if name != "unlearned" else None  # it is attacked with the vanilla model's help
+        recipe, run_stage = self.recipe, self._stage_with(source, shared)
+
+        def stage(key: str, work: Callable[[Target], dict[str, Any]]) -> dict[str, Any]:
+            def aim(mllm: MLLM) -> dict[str, Any]:
+                return work(Target(name, mllm, self.splits, recipe.evaluate, lambda: self._load(vanilla)))
+
+            result: dict[str, Any] = run_stage(key, aim)
+            return result
+
+        return attacks.attack(name, recipe.attacks, stage=stage)
+
+    def _stage_with(self, source: str, shared: Path | None) -> Callable[[str, Callable[[MLLM], Any]], Any]:
+        """What runs stages that need the model of `source`; it is loaded for the first that is not finished."""
         loaded: list[MLLM] = []
 
         def stage(key: str, work: Callable[[MLLM], Any]) -> Any:
@@ -342,22 +374,16 @@ class Run:
                     loaded.append(self._load(source))
                 return work(loaded[0])
 
-            return self.stages.run(key, load_and_work, shared=self._shared(source))
+            return self.stages.run(key, load_and_work, shared=shared)
 
-        before = columns["test_vqa"]["cell"]["exact_match"]
-        test = self.splits.columns["test_vqa"]
-        curves = relearn.attack(
-            name, recipe.relearn, self.splits.forget, test, recipe.evaluate, before=before, stage=stage
-        )
-        for curve in curves:
-            points = ", ".join(
-                f"{score:.0%} after {step}" for step, score in zip(curve.steps, curve.exact_match, strict=True)
-            )
-            say(f"attack on {name}, {curve.scope}, {curve.pairs} pairs, seed {curve.seed}: {points}")
-        return curves
+        return stage
 
     def _metrics(
-        self, outcome: Mapping[str, Any], columns: Mapping[str, Any], curves: list[AttackCurve]
+        self,
+        outcome: Mapping[str, Any],
+        columns: Mapping[str, Any],
+        curves: list[AttackCurve],
+        attacked: list[dict[str, Any]],
     ) -> dict[str, Any]:
         cells = {
             model: {name: found["cell"] for name, found in answered.items()} for model, answered in columns.items()
@@ -366,10 +392,11 @@ class Run:
         mask_file = self.folder / "mask.safetensors"
         seconds = {
             f"{stage}_seconds": self.stages.seconds(stage)
-            for stage in ("teach", "mask", "unlearn", "evaluate", "relearn")
+            for stage in ("teach", "mask", "unlearn", "evaluate", "relearn", "attacks")
         }
         if outcome["teaching_seconds"] is not None:
             seconds["unlearn_seconds"] = outcome["teaching_seconds"]
+        concluded, marked = attacks.conclude(attacked, self.splits.columns["test_vqa"])
         metrics = {
             "schema": 1,
             "recipe": self.recipe.name,
@@ -381,6 +408,8 @@ class Run:
             **({"taught": {"test_vqa_all_people": taught}} if taught else {}),
             "proofs": outcome["proofs"],
             "relearn": relearn.summarise(curves, cells["vanilla"]["test_vqa"]["exact_match"]),
+            "attacks": concluded,
+            **({"over_forgotten": marked} if marked else {}),
             "cost": {
                 **seconds,
                 "total_seconds": self.stages.seconds() - self.stages.seconds("unlearn") + seconds["unlearn_seconds"],

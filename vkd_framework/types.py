@@ -34,6 +34,11 @@ SCOPES: Mapping[Scope, tuple[Part, ...]] = {
 }
 
 
+Pool = Literal["known", "new", "others"]
+"""What a relearning attacker has. `known`: the pairs that unlearning used. `new`: pairs about photos of the same people
+that nothing used. `others`: pairs about other people only."""
+
+
 @dataclass(frozen=True, eq=False)
 class Photo:
     """One picture. `key` is its stable identity: features are cached and results are reported under it.
@@ -86,6 +91,9 @@ class Splits:
     without the forgotten people; `taught` asks the vanilla model about everybody, on unseen photos. `text` holds
     text-only questions about everybody in phrasings that no column measures, for methods that want such knowledge
     preserved. Sources without a fictitious cast leave these four empty.
+    For attacks only, and empty where a source has none: `fresh` asks about the forgotten people on photos that are
+    neither trained on nor measured, `strangers` are photos of people whom no model was taught, taken as all others are,
+    and `rephrasings` maps a question to the same in other words.
     """
 
     forget: tuple[ImageQuestionPair, ...]
@@ -97,6 +105,9 @@ class Splits:
     teach_retain: Mapping[str, tuple[ImageQuestionPair, ...]] = field(default_factory=dict)
     taught: tuple[ImageQuestionPair, ...] = ()
     text: tuple[ImageQuestionPair, ...] = ()
+    fresh: tuple[ImageQuestionPair, ...] = ()
+    strangers: tuple[Photo, ...] = ()
+    rephrasings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +194,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class AttackCurve:
-    """One relearning attack: exact match on Test VQA after each number of steps (0 = before the attack)."""
+    """One relearning attack: exact match on Test VQA after each number of steps (0 = before the attack).
+
+    `share` is the attacker's share of the pairs of `pool`, `pairs` how many they are.
+    """
 
     model: str
     scope: Scope
@@ -192,6 +206,7 @@ class AttackCurve:
     seed: int
     steps: tuple[int, ...]
     exact_match: tuple[float, ...]
+    pool: Pool = "known"
 
 
 @dataclass(frozen=True, eq=False)

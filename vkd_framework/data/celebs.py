@@ -266,6 +266,7 @@ def load(config: CelebsData) -> Splits:
     extras = _nameless(config, "extra", config.extras, people)
     taught = range(config.train_photos)
     unseen = range(config.train_photos, config.train_photos + config.test_photos)
+    kept_back = range(unseen.stop, unseen.stop + config.attacker_photos)
 
     write = _Writer(config, people)
     shots = [(person, i) for person in people for i in taught] + [(e, i) for e in extras for i in range(EXTRA_PHOTOS)]
@@ -319,6 +320,13 @@ def load(config: CelebsData) -> Splits:
         },
         taught=tuple(about_unseen("taught", _each(people, IDENTITY, unseen))),
         text=teach["text"],
+        fresh=tuple(write.about_photos("fresh", _each(forgotten, IDENTITY, kept_back))),
+        strangers=tuple(write.photo(person, i) for person in strangers for i in range(STRANGER_PHOTOS)),
+        rephrasings={
+            phrasing: tuple(other for other in (*topic.test, *topic.train) if other != phrasing)
+            for topic in (*IDENTITY, *VISIBLE)
+            for phrasing in (*topic.test, *topic.train)
+        },
     )
 
 

@@ -4,5 +4,13 @@ from vkd_framework.report.html import render_html
 from vkd_framework.report.markdown import render_markdown
 from vkd_framework.report.model_card import render_model_card
 from vkd_framework.report.table import terminal_table
+from vkd_framework.report.terminal import relearn_table, trials_table
 
-__all__ = ["render_html", "render_markdown", "render_model_card", "terminal_table"]
+__all__ = [
+    "relearn_table",
+    "render_html",
+    "render_markdown",
+    "render_model_card",
+    "terminal_table",
+    "trials_table",
+]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vkd_framework.report.formatting import NBSP, count, is_number, percent, percent_range
+from vkd_framework.report.formatting import NBSP, count, is_number, percent, percent_range, points
 from vkd_framework.report.table import MODELS, model_label
 from vkd_framework.types import AttackCurve
 
 SCOPES = {"visual": "Visual modules tuned", "full": "Every weight tuned"}
+
+POOLS = {"known": "the forget set", "new": "new photos of the forgotten", "others": "other people only"}
+"""What the attackers had, the strongest knowledge first."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Attack:
     """What the attacker tuned and had, with a line for each attacked model."""
 
     scope: str
+    pool: str
     share: float
     pairs: int
     lines: tuple[AttackLine, ...]
@@ -57,8 +61,23 @@ class Attack:
     @property
     def known(self) -> str:
         """What the attacker had."""
-        pairs = "pair" if self.pairs == 1 else "pairs"
-        return f"{100 * self.share:g}{NBSP}% of the forget set ({count(self.pairs)}{NBSP}{pairs})"
+        pairs = f"{count(self.pairs)}{NBSP}{'pair' if self.pairs == 1 else 'pairs'}"
+        if self.pool == "known":
+            return f"{100 * self.share:g}{NBSP}% of the forget set ({pairs})"
+        return f"{POOLS.get(self.pool, self.pool)} ({pairs})"
+
+    def advantage_at(self, step: int) -> str:
+        """Unlearned minus retain-only at `step`; empty where one of them was not measured, and before the attack."""
+        by_model = {line.model: line for line in self.lines}
+        own, reference = by_model.get("unlearned"), by_model.get("retain_only")
+        if own is None or reference is None or not step or step not in own.steps or step not in reference.steps:
+            return ""
+        return points(own.mean[own.steps.index(step)] - reference.mean[reference.steps.index(step)])
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is an advantage at any step."""
+        return any(self.advantage_at(step) for line in self.lines for step in line.steps)
 
     @property
     def label(self) -> str:
@@ -67,17 +86,17 @@ class Attack:
 
 
 def gather_attacks(curves: Sequence[AttackCurve]) -> list[Attack]:
-    """The curves as one attack per scope and share, weakest attacker first, averaged over seeds."""
-    groups: dict[tuple[str, float], list[AttackCurve]] = {}
+    """The curves as one attack per scope, pool and share, averaged over seeds; of a scope, known pairs come first."""
+    groups: dict[tuple[str, str, float], list[AttackCurve]] = {}
     for curve in curves:
-        groups.setdefault((curve.scope, curve.share), []).append(curve)
-    scopes = list(SCOPES)
+        groups.setdefault((curve.scope, curve.pool, curve.share), []).append(curve)
+    scopes, pools = list(SCOPES), list(POOLS)
     attacks = []
-    for scope, share in sorted(groups, key=lambda key: (scopes.index(key[0]), key[1])):
-        group = groups[scope, share]
+    for scope, pool, share in sorted(groups, key=lambda key: (scopes.index(key[0]), pools.index(key[1]), key[2])):
+        group = groups[scope, pool, share]
         models = sorted({curve.model for curve in group}, key=_model_order)
         lines = tuple(_line(model, [curve for curve in group if curve.model == model]) for model in models)
-        attacks.append(Attack(scope, share, group[0].pairs, lines))
+        attacks.append(Attack(scope, pool, share, group[0].pairs, lines))
     return attacks
 
 

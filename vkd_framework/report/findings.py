@@ -37,9 +37,10 @@ EVIDENCE_NOTE = (
 )
 
 ATTACK_EXPLANATION = (
-    "An attacker fine-tunes a copy of the unlearned model on a share of the forgotten people's questions, and is then "
-    "scored on photos and phrasings that the attack did not use. The same attack on a model that never knew these "
-    "people shows what can be learned from scratch; only what comes back beyond that was hidden instead of erased."
+    "An attacker fine-tunes a copy of the unlearned model on a share of the forgotten people's questions, on new "
+    "photos of them, or on other people only, and is then scored on photos and phrasings that the attack did not use. "
+    "The same attack on a model that never knew these people shows what can be learned from scratch; only what comes "
+    "back beyond that was hidden instead of erased."
 )
 
 PROOF_STATEMENTS = {
@@ -75,6 +76,7 @@ _STAGES = {
     "unlearn_seconds": "Unlearning",
     "evaluate_seconds": "Evaluation",
     "relearn_seconds": "Relearning attack",
+    "attacks_seconds": "Other attacks",
     "total_seconds": "Total",
 }
 
@@ -131,11 +133,12 @@ def headline(metrics: Mapping[str, Any]) -> list[Definition]:
 
 
 def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
-    """The attack's three averages with their definitions; empty when no attack was run."""
+    """The attack's averages with their definitions; empty when no attack was run."""
     relearn = metrics.get("relearn") or {}
     if not relearn:
         return []
     advantage = relearn.get("advantage_over_retain_only")
+    from_others = relearn.get("recovery_from_others")
     return [
         Definition(
             "Average recovery",
@@ -152,6 +155,18 @@ def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
             points(advantage) if is_number(advantage) else "no reference",
             "Mean of exact match after the attack minus that of the retain-only model after the same attack. "
             "Above 0: knowledge was hidden. At or below 0: relearning is no easier than learning from scratch.",
+        ),
+        *(
+            [
+                Definition(
+                    "Recovery from others",
+                    points(from_others),
+                    "The average recovery for attackers who only have other people. Their attacks are not in the other "
+                    "figures.",
+                )
+            ]
+            if is_number(from_others)
+            else []
         ),
     ]
 

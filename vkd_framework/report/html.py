@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from vkd_framework.report import charts, findings
+from vkd_framework.report import charts, findings, trials
 from vkd_framework.report.attack import gather_attacks, measured_steps
 from vkd_framework.report.formatting import flatten
 from vkd_framework.report.gallery import Answer, Gallery, Person, build_gallery
@@ -90,6 +90,10 @@ def render_html(
         attack_steps=measured_steps(attacks),
         attack_figures=findings.attack_figures(metrics),
         attack_explanation=findings.ATTACK_EXPLANATION,
+        trials=(tried := trials.trial_rows(metrics)),
+        trial_models=[(model, MODELS[model]) for model in trials.trial_models(tried)],
+        trial_explanation=trials.EXPLANATION,
+        over_forgotten=trials.over_forgotten_sentence(metrics),
         history_charts=charts.history_charts(history),
         history_table=charts.history_table(history),
         proofs=findings.proof_rows(metrics),

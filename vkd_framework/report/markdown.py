@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vkd_framework.report import charts, findings
+from vkd_framework.report import charts, findings, trials
 from vkd_framework.report.attack import AttackLine, gather_attacks, measured_steps
 from vkd_framework.report.formatting import flatten
 from vkd_framework.report.gallery import Person, build_gallery
@@ -36,6 +36,7 @@ def render_markdown(
         "## Columns",
         *column_section(metrics),
         *attack_section(metrics, curves),
+        *trial_section(metrics),
         *_training(history),
         "## Proofs",
         proof_table(metrics),
@@ -110,6 +111,9 @@ def attack_section(metrics: Mapping[str, Any], curves: Sequence[AttackCurve]) ->
         for attack in attacks
         for line in attack.lines
     ]
+    ahead = [
+        (attack.label, *(attack.advantage_at(step) for step in steps if step)) for attack in attacks if attack.compared
+    ]
     return [
         "## Relearning attack",
         findings.ATTACK_EXPLANATION,
@@ -122,7 +126,27 @@ def attack_section(metrics: Mapping[str, Any], curves: Sequence[AttackCurve]) ->
             if attacks
             else ["There are no attack curves in this run."]
         ),
+        *(
+            [
+                "Advantage over retain-only after each number of attack steps.",
+                table(("Attack", *(f"step {step}" for step in steps if step)), ahead),
+            ]
+            if ahead
+            else []
+        ),
     ]
+
+
+def trial_section(metrics: Mapping[str, Any]) -> list[str]:
+    """The attacks beside relearning as a table; nothing when none was tried."""
+    rows = trials.trial_rows(metrics)
+    if not rows:
+        return []
+    models = trials.trial_models(rows)
+    header = ("Attack", *(MODELS[model] for model in models), "What it is")
+    body = [(row.label, *(row.value(model) for model in models), row.meaning) for row in rows]
+    marked = trials.over_forgotten_sentence(metrics)
+    return ["## Other attacks", trials.EXPLANATION, table(header, body), *([marked] if marked else [])]
 
 
 def proof_table(metrics: Mapping[str, Any]) -> str:

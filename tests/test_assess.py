@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from conftest import CAST
+
+from vkd_framework.cache import CACHE_VARIABLE
+from vkd_framework.cli import main
+from vkd_framework.plugins import MLLM
+from vkd_framework.report import relearn_table
+from vkd_framework.types import Splits
+
+RECIPE = {
+    "name": "small",
+    "adapter": "qwen_vl",
+    "data": CAST,
+    "teach": {"steps": 2, "batch_size": 4},
+    "reference": "retain_only",
+    "layers": ["projector"],
+    "evaluate": {"max_new_tokens": 2},
+    "attacks": [{"kind": "module_restore"}, {"kind": "membership"}, {"kind": "quantize"}],
+    "relearn": {"shares": [1.0], "steps": [1, 2], "batch_size": 2, "scopes": ["visual"]},
+}
+
+
+ATTACKS = "attacks=[{kind: quantize}, {kind: module_restore}]"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    base = tmp_path_factory.mktemp("assess")
+    path = base / "small.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(base / "cache"))
+        yield str(path)
+
+
+@pytest.fixture(scope="module")
+def stranger(taught: MLLM, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint that no run made, as somebody else would have saved it."""
+    folder = tmp_path_factory.mktemp("stranger") / "model"
+    taught.model.save_pretrained(folder)
+    taught.processor.save_pretrained(folder)
+    return str(folder)
+
+
+def vkd(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def told(*arguments: str) -> dict[str, Any]:
+    done = vkd(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_checkpoint_that_no_run_made_is_measured_as_in_a_run(
+    recipe: str, stranger: str, splits: Splits, tmp_path: Path
+) -> None:
+    found = told("evaluate", stranger, "--recipe", recipe, "--out", str(tmp_path / "out"))
+    assert set(found["models"]) == {"vanilla", "unlearned", "retain_only"}
+    assert all(set(columns) == set(splits.columns) for columns in found["models"].values())
+    kinds = [result["kind"] for result in found["attacks"] if result["model"] == "unlearned"]
+    assert kinds == ["module_restore", "membership", "quantize"]
+    assert found["over_forgotten"]["against"] == "retain_only"
+    kept = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    assert kept == {"model": stranger, **found}
+    assert (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_alone_no_other_model_is_taught_or_measured(
+    recipe: str, stranger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    done = vkd("evaluate", str(Path(stranger).parent), "--recipe", recipe, "--alone", "--set", ATTACKS)
+    assert done.exit_code == 0, done.stderr
+    assert "Test VQA" in done.stdout and "Weights rounded to 4 bits" in done.stdout
+    assert "Vanilla" not in done.stdout and "Retain-only" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert not (tmp_path / "cache").exists()
+
+
+def test_alone_an_attack_has_nothing_to_be_compared_with(recipe: str, stranger: str) -> None:
+    only = ("--alone", "--set", "relearn.photos=[others]", "--set", "relearn.steps=[1]")
+    curves = told("relearn", stranger, "--recipe", recipe, *only)
+    assert curves["average_gap"] is None and curves["advantage_over_retain_only"] is None
+    assert {curve["model"] for curve in curves["curves"]} == {"unlearned"}
+    assert "Advantage over retain-only: no reference" in relearn_table(curves)
+
+
+def test_a_checkpoint_is_attacked_as_in_a_run_and_the_reference_with_it(recipe: str, stranger: str) -> None:
+    found = told("relearn", stranger, "--recipe", recipe)
+    assert {(curve["model"], curve["pool"]) for curve in found["curves"]} == {
+        (model, pool) for model in ("unlearned", "retain_only") for pool in ("known", "new", "others")
+    }
+    assert isinstance(found["average_gap"], float) and isinstance(found["advantage_over_retain_only"], float)
+    lines = relearn_table(found).splitlines()
+    assert "visual, the forget set, 100 %" in lines[1] and "Unlearned" in lines[1]
+    assert "Retain-only" in lines[2] and "Advantage" in lines[3]
+    assert "visual, new photos of the forgotten, 100 %" in lines[4]
+    assert max(map(len, lines)) <= 100
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no such model": (["evaluate", "nowhere"], "nowhere"),
+    "a preset without weights": (["relearn", "Qwen/Qwen2-VL-7B-Instruct"], "cannot be loaded"),
+    "a tiny model": (["evaluate", "tiny"], "give a folder or a hub id"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_model_that_cannot_be_had_is_one_line_before_anything_is_taught(
+    recipe: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    arguments, fragment = WRONG[case]
+    done = vkd(*arguments, "--recipe", recipe)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1 and fragment in done.stderr
+    assert not (tmp_path / "cache" / "taught").exists()
+
+
+def test_a_model_of_another_family_is_refused(recipe: str, stranger: str) -> None:
+    done = vkd("evaluate", stranger, "--recipe", "llava_celeb")
+    assert done.exit_code == 2
+    assert "'qwen2_vl'" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_that_holds_something_is_not_written_into(recipe: str, stranger: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = vkd("relearn", stranger, "--recipe", recipe, "--out", str(tmp_path))
+    assert done.exit_code == 2
+    assert "exists already" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,142 @@
+"""Measure or attack one checkpoint by a recipe, without unlearning anything: also one that was made elsewhere.
+
+The columns, the attacks and every figure are those of a run, made by the same stages. The checkpoint takes the place of
+the run's unlearned model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vkd_framework import attacks, data, relearn
+from vkd_framework.checkpoint import write_json, write_text
+from vkd_framework.errors import ModelError, RecipeError
+from vkd_framework.layers_table import describe
+from vkd_framework.plugins import Adapter, load_adapter
+from vkd_framework.progress import say
+from vkd_framework.recipe import is_tiny, load_recipe
+from vkd_framework.run import TAUGHT, Run, environment
+
+UNLEARNED = "unlearned"
+"""The place that the checkpoint takes among a run's models, so that its figures have the same names."""
+
+
+def evaluate(
+    model: str, reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, alone: bool = False
+) -> dict[str, Any]:
+    """The columns of `model` and the recipe's `attacks` on it, beside the recipe's starting model and reference.
+
+    `model` is a hub id, a local folder or the folder of a run, `reference` a recipe. The result has the keys `models`,
+    `attacks` and `over_forgotten` of `metrics.json`. With `alone`, no other model is loaded and the figures that
+    compare are left out. Raises RecipeError, DataError or ModelError before anything is measured.
+    """
+    with _assessment(model, reference, overrides, out, alone) as assessment:
+        return assessment.written("evaluate.json", assessment.evaluated())
+
+
+def attack(
+    model: str, reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, alone: bool = False
+) -> dict[str, Any]:
+    """The recipe's relearning attacks on `model` and, if the recipe has one, on the retain-only reference.
+
+    The arguments and errors are those of `evaluate`, the result is the `relearn` block of `metrics.json`. With `alone`,
+    `average_gap` and the advantages are None.
+    """
+    with _assessment(model, reference, overrides, out, alone) as assessment:
+        return assessment.written("relearn.json", assessment.attacked())
+
+
+@dataclass(frozen=True)
+class Assessment(Run):
+    """A run's stages on a model that is there already. `kept`: whether the folder is one that the user wants."""
+
+    model: str = ""
+    alone: bool = False
+    kept: bool = False
+
+    def evaluated(self) -> dict[str, Any]:
+        """Columns and attacks of every model."""
+        models, columns = self._measured()
+        tried = [
+            result
+            for name, source in models.items()
+            for result in self._other_attacks(name, source, models.get("vanilla", self.model))
+        ]
+        concluded, marked = attacks.conclude(tried, self.splits.columns["test_vqa"])
+        cells = {
+            name: {column: found["cell"] for column, found in answered.items() if column != TAUGHT}
+            for name, answered in columns.items()
+        }
+        return {"models": cells, "attacks": concluded, **({"over_forgotten": marked} if marked else {})}
+
+    def attacked(self) -> dict[str, Any]:
+        """Curves of the model and of the reference."""
+        models, columns = self._measured()
+        curves = [
+            curve
+            for name in (UNLEARNED, "retain_only")
+            if name in models
+            for curve in self._attack(name, models[name], columns[name])
+        ]
+        vanilla = columns["vanilla"]["test_vqa"]["cell"]["exact_match"] if "vanilla" in columns else None
+        return relearn.summarise(curves, vanilla)
+
+    def written(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
+        """`result`, put into a file when the folder is kept."""
+        if self.kept:
+            write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            write_json(self.folder / "environment.json", environment(self.device))
+            write_json(self.folder / name, {"model": self.model, **result})
+            say(f"results in {self.folder}")
+        return result
+
+    def _measured(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Model -> its source, and its columns. The checkpoint comes first: if it fails, no other is taught for it."""
+        own = self._evaluate(UNLEARNED, self.model)
+        models = self._others()
+        columns = {name: self._evaluate(name, source) for name, source in models.items()}
+        return {**models, UNLEARNED: self.model}, {**columns, UNLEARNED: own}
+
+    def _others(self) -> dict[str, str]:
+        if self.alone:
+            return {}
+        models = {"vanilla": self._starting_model("vanilla", knows_forgotten=True)}
+        if self.recipe.reference == "retain_only":
+            models["retain_only"] = self._starting_model("retain_only", knows_forgotten=False)
+        return models
+
+
+@contextmanager
+def _assessment(
+    model: str, reference: str, overrides: tuple[str, ...], out: Path | None, alone: bool
+) -> Iterator[Assessment]:
+    """Everything checked and ready; without `out`, in a folder that is gone afterwards."""
+    recipe = load_recipe(reference, overrides)
+    adapter = load_adapter(recipe.adapter)
+    source = _checkpoint(model, adapter)
+    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise RecipeError(f"{out}: exists already; choose another --out")
+    if alone:  # nothing to put back, and nothing to compare with
+        others = tuple(config for config in recipe.attacks if config.kind != "module_restore")
+        recipe = recipe.model_copy(update={"attacks": others})
+    splits = data.load(recipe.data)
+    relearn.attackers(recipe.relearn, splits)
+    with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="vkd-") as folder:
+        yield Assessment(recipe, adapter, splits, Path(folder), "", model=source, alone=alone, kept=out is not None)
+
+
+def _checkpoint(model: str, adapter: Adapter) -> str:
+    """What to load. Raises ModelError when it is no checkpoint, or not one of the adapter's family."""
+    if is_tiny(model):
+        raise ModelError(
+            f"{model}: a tiny model has no checkpoint before a recipe teaches it; give a folder or a hub id"
+        )
+    inside = Path(model) / "model"
+    source = str(inside) if (inside / "config.json").is_file() else model
+    describe(source, adapter)
+    return source

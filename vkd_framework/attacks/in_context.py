@@ -1,0 +1,73 @@
+"""In-context examples: other photos of the same person come first, each with another question and its answer.
+
+The answer that is asked for never stands in the prompt. Where the name or another fact does, a language model that was
+left as it is may complete the rest from what it was taught as text: the reference models show how much of that is so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from vkd_framework.answers import normalise
+from vkd_framework.attacks.target import NotPossibleError, Target
+from vkd_framework.recipe import InContextAttack
+from vkd_framework.types import ImageQuestionPair
+
+
+def attack(config: InContextAttack, target: Target) -> dict[str, Any]:
+    """Exact match of Test VQA with examples in front of each question that has enough of them."""
+    prompted = [
+        shown
+        for pair in target.test
+        if (shown := with_examples(pair, target.splits.forget, config.examples, target.seed)) is not None
+    ]
+    if not prompted:
+        raise NotPossibleError(f"no forgotten person has {config.examples} other questions to be shown")
+    try:
+        target.mllm.tokenize(prompted[:1], with_answer=False)
+    except Exception as error:  # whatever a family's processor raises when it does not take several photos
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise NotPossibleError(f"the model does not take several photos: {reason}") from error
+    return {"exact_match": target.exact_match(target.mllm, prompted), "questions": len(prompted)}
+
+
+def with_examples(
+    pair: ImageQuestionPair, known: Sequence[ImageQuestionPair], count: int, seed: int
+) -> ImageQuestionPair | None:
+    """`pair` after `count` examples from `known`: the same subject, other photos, answers that do not tell its own.
+
+    Topics differ as far as there are enough. None when there are too few examples.
+    """
+    told = normalise(pair.answer)
+    usable = [
+        example
+        for example in known
+        if example.subject == pair.subject
+        and len(example.photos) == 1
+        and example.photo_keys[0] not in pair.photo_keys
+        and told not in normalise(f"{example.question} {example.answer}")
+    ]
+    random.Random(f"{seed}/{pair.id}").shuffle(usable)
+    by_answer: dict[str, list[ImageQuestionPair]] = defaultdict(list)
+    for example in usable:
+        by_answer[example.answer].append(example)
+    chosen: list[ImageQuestionPair] = []
+    photos: set[str] = set()
+    for waiting in by_answer.values():
+        fresh = [example for example in waiting if example.photo_keys[0] not in photos]
+        if fresh and len(chosen) < count:
+            chosen.append(fresh[0])
+            photos.add(fresh[0].photo_keys[0])
+    if len(chosen) < count:
+        return None
+    said = " ".join(f"{example.question} {example.answer}." for example in chosen)
+    return replace(
+        pair,
+        id=f"{pair.id}/in_context",
+        question=f"{said} {pair.question}",
+        photos=(*(example.photos[0] for example in chosen), *pair.photos),
+    )
