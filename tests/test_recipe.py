@@ -332,6 +332,7 @@ def changes_of_every_setting() -> list[dict[str, Any]]:
         {"losses": {"attract": {"distance": "cosine"}}},
         {"mask": {"kind": "random", "density": 0.5}},
         {"unlearn": {"phases": [{"share": 1, "forget": 1}]}},
+        {"unlearn": {"retain_shares": {"others": 1}}},
         {"simulated_attack": {"weight": 0.5}},
         {"evaluate": {"max_new_tokens": 3}},
         {"relearn": {"seeds": [1]}},

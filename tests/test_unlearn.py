@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import asked_about, changed, make_recipe, mean_loss, picture, weights
 
+from vkd_framework.batches import shared_out
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe, UnlearnConfig
 from vkd_framework.saliency import Mask
 from vkd_framework.types import Splits
-from vkd_framework.unlearn import History, active_parameters, phase_at, rate_factor, unlearn
+from vkd_framework.unlearn import History, active_parameters, phase_at, rate_factor, retain_batches, unlearn
 
 
 class Killed(Exception):
@@ -261,3 +262,29 @@ def test_active_parameters_are_those_that_a_mask_of_scope_all_lets_move(tiny: ML
     mask[next(iter(mask))].view(-1)[:5] = True
     assert active_parameters(parameters, mask) == 5
     assert active_parameters(parameters, None) > 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "shares", "expected"),
+    [
+        (8, {"a": 0.5, "b": 0.25, "c": 0.25}, {"a": 4, "b": 2, "c": 2}),
+        (7, {"a": 2, "b": 1, "c": 1}, {"a": 3, "b": 2, "c": 2}),
+        (1, {"a": 0.6, "b": 0.4}, {"a": 1, "b": 0}),
+    ],
+)
+def test_a_batch_is_shared_out_completely(size: int, shares: dict[str, float], expected: dict[str, int]) -> None:
+    assert shared_out(size, shares) == expected
+
+
+def test_a_retain_batch_is_made_up_as_the_recipe_says(splits: Splits) -> None:
+    config = UnlearnConfig(retain_batch=8, retain_shares={"others": 0.5, "strangers": 0.25, "forgotten": 0.25})
+    for step in range(3):
+        subjects = [pair.subject for pair in retain_batches(splits, config, 0).batch(step)]
+        assert sum(subject is None for subject in subjects) == 2
+        assert sum(subject in splits.forget_subjects for subject in subjects) == 2
+        assert len(subjects) == 8
+
+
+def test_a_kind_that_the_data_does_not_have_leaves_its_share_to_the_others(few: Splits) -> None:
+    config = UnlearnConfig(retain_batch=4, retain_shares={"others": 0.5, "strangers": 0.5})
+    assert [pair.subject for pair in retain_batches(few, config, 0).batch(0)] == [few.subjects[1]] * 4

@@ -41,3 +41,13 @@ class MixedBatches:
     def batch(self, step: int) -> list[ImageQuestionPair]:
         """The pairs of one step, set after set."""
         return [pair for part in self._parts for pair in part.batch(step)]
+
+
+def shared_out(size: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers that add up to `size`, as near to the shares as can be; what is left goes to the largest rests."""
+    exact = {name: size * share / sum(shares.values()) for name, share in shares.items()}
+    sizes = {name: int(value) for name, value in exact.items()}
+    by_rest = sorted(exact, key=lambda name: sizes[name] - exact[name])
+    for name in by_rest[: size - sum(sizes.values())]:
+        sizes[name] += 1
+    return sizes

@@ -289,6 +289,11 @@ class UnlearnConfig(Section):
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     forget_batch: int = Field(default=16, ge=1)
     retain_batch: int = Field(default=32, ge=1)
+    retain_shares: dict[Literal["others", "strangers", "forgotten"], Weight] | None = Field(
+        default=None,
+        description="how a retain batch is made up: people who stay, nameless ones, and what anybody can see on photos "
+        "of the forgotten; null: as often as they occur",
+    )
     phases: tuple[Phase, ...] = Field(
         default=(Phase(share=0.5, forget=0.3), Phase(share=0.5, forget=0.1)), min_length=1
     )
@@ -299,6 +304,12 @@ class UnlearnConfig(Section):
         total = sum(phase.share for phase in self.phases)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of the phases add up to {total:g}, they must add up to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _some_others_are_retained(self) -> UnlearnConfig:
+        if self.retain_shares is not None and not self.retain_shares.get("others"):
+            raise ValueError("retain_shares: others needs a share above 0, or nobody is kept")
         return self
 
 

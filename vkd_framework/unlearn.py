@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vkd_framework.batches import Batches
+from vkd_framework.batches import Batches, MixedBatches, shared_out
 from vkd_framework.checkpoint import load_training, save_training
 from vkd_framework.errors import DivergedError, RecipeError
 from vkd_framework.objective import Objective
@@ -23,7 +23,7 @@ from vkd_framework.progress import Progress
 from vkd_framework.recipe import Recipe, UnlearnConfig
 from vkd_framework.saliency import Mask, mask_gradients, restore_masked
 from vkd_framework.simulated_attack import SimulatedAttacker
-from vkd_framework.types import Splits
+from vkd_framework.types import ImageQuestionPair, Splits
 
 History = list[dict[str, Any]]
 
@@ -51,7 +51,7 @@ def unlearn(
     objective = Objective(mllm, recipe, splits, reference=reference, ignorant=ignorant)
     learned = {**parameters, **objective.learned}
     forget = Batches(splits.forget, config.forget_batch, recipe.seed)
-    retain = Batches(splits.retain, config.retain_batch, recipe.seed + 1)
+    retain = retain_batches(splits, config, recipe.seed + 1)
     attacker = SimulatedAttacker(
         mllm,
         parameters,
@@ -100,6 +100,18 @@ def unlearn(
     mllm.model.requires_grad_(False)
     record(history)
     return history
+
+
+def retain_batches(splits: Splits, config: UnlearnConfig, seed: int) -> Batches | MixedBatches:
+    """The retain pairs of each step: as often as they occur, or with the recipe's share of each kind of person."""
+    if config.retain_shares is None:
+        return Batches(splits.retain, config.retain_batch, seed)
+    kinds: dict[str, list[ImageQuestionPair]] = {"others": [], "strangers": [], "forgotten": []}
+    for pair in splits.retain:
+        known = "forgotten" if pair.subject in splits.forget_subjects else "others"
+        kinds["strangers" if pair.subject is None else known].append(pair)
+    present: dict[str, float] = {kind: share for kind, share in config.retain_shares.items() if kinds[kind] and share}
+    return MixedBatches({kind: kinds[kind] for kind in present}, shared_out(config.retain_batch, present), seed)
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
