@@ -17,6 +17,7 @@ from vkd_framework.losses import (
     cka,
     cosine,
     kl_divergence,
+    level,
     npo,
     relative_squared,
     repel,
@@ -178,6 +179,15 @@ def test_ascent_without_a_cap_never_stops_and_weighs_every_sample_alike() -> Non
     assert term.item() == -35.5
     assert cross_entropy.grad is not None
     assert cross_entropy.grad.tolist() == [-0.5, -0.5]
+
+
+def test_a_level_pulls_from_both_sides_and_stops_there() -> None:
+    cross_entropy = torch.tensor([1.0, 7.0, 4.0], requires_grad=True)
+    term = level(cross_entropy, torch.tensor([4.0, 4.0, 4.0]))
+    term.backward()
+    assert term.item() == pytest.approx(2.0)
+    assert cross_entropy.grad is not None
+    assert cross_entropy.grad.tolist() == pytest.approx([-1 / 3, 1 / 3, 0.0])
 
 
 def test_npo_is_the_formula_of_its_paper() -> None:

@@ -17,7 +17,9 @@ VISUAL = ("encoder", "projector")
 
 
 def attacker_of(mllm: MLLM, splits: Splits, *, restart_every: int = 100, **settings: Any) -> SimulatedAttacker:
-    config = SimulatedAttack.model_validate({"weight": 1, "batch_size": 4, "horizon": [5, 5]} | settings)
+    config = SimulatedAttack.model_validate(
+        {"weight": 1, "batch_size": 4, "horizon": [5, 5], "head_start": 0} | settings
+    )
     student = trainable(mllm, VISUAL)
     return SimulatedAttacker(mllm, student, config, splits.forget, seed=3, restart_every=restart_every)
 
@@ -78,6 +80,16 @@ def test_answers_above_the_cap_push_the_student_no_further_and_the_attacker_goes
     attacker.add_gradient(0, 1.0)
     assert all(p.grad is None or not p.grad.any() for p in trainable(student, VISUAL).values())
     assert any(bool(difference.any()) for difference in attacker.difference.values())
+
+
+def test_the_student_is_not_pushed_before_the_attacker_had_his_head_start(student: MLLM, splits: Splits) -> None:
+    attacker = attacker_of(student, splits, head_start=2)
+    parameters = trainable(student, VISUAL)
+    for step in range(2):
+        attacker.add_gradient(step, 1.0)
+        assert all(parameter.grad is None for parameter in parameters.values())
+    attacker.add_gradient(2, 1.0)
+    assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters.values())
 
 
 @pytest.mark.parametrize(("horizon", "restart_every"), [(2, 100), (50, 2)])

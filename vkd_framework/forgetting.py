@@ -1,12 +1,15 @@
 """What is done to the forgotten answers at the output: the forms of `losses.forget_output`.
 
-An answer is made unlikely (`capped_ascent`, `ascent`, `npo`), or another one is taught in its place (`refusal`,
-`relabel`). Whatever a form needs to know of the starting model is remembered before anything is trained.
+An answer is made as unlikely as it is about somebody else (`stranger`) or unlikelier (`capped_ascent`, `ascent`,
+`npo`), or another one is taught in its place (`refusal`, `relabel`). Whatever a form needs to know of the starting
+model is remembered before anything is trained.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,10 +39,12 @@ class ForgetOutput:
             self._targets = refused(splits.forget, self._term.refusals, recipe.seed)
         if self._term.form == "relabel":
             self._targets = _wrong_answers(splits, recipe.seed)
+        if self._term.form == "stranger":
+            self._before = self._cross_entropies(mllm, about_others(splits, recipe.seed))
         if self._term.form == "npo":
             # A number a pair, so that no second model is needed in training.
             asked = reference() if self._term.reference == "retain_only" and reference else mllm
-            self._before = self._log_probabilities(asked, splits.forget)
+            self._before = self._cross_entropies(asked, splits.forget)
 
     def targets(self, pairs: Sequence[ImageQuestionPair]) -> list[ImageQuestionPair]:
         """The pairs with the answers that the term looks at: their own, or those taught in their place."""
@@ -49,32 +54,48 @@ class ForgetOutput:
         """The term, unweighted, and the cross-entropy `[B]` it is made of; `logits` `[B, L, V]` of the `targets`."""
         answer = self._tokens(batch)
         cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
+        if self._term.form == "stranger":
+            return losses.level(cross_entropy, cross_entropy.new_tensor(self._known(pairs))), cross_entropy
         if self._term.form == "capped_ascent":
             return losses.capped_ascent(cross_entropy, self._term.cap), cross_entropy
         if self._term.form == "ascent":
             return losses.ascent(cross_entropy), cross_entropy
         if self._term.form == "npo":
-            before = cross_entropy.new_tensor([self._before[pair.id] for pair in pairs])
+            before = -cross_entropy.new_tensor(self._known(pairs)) * answer.sum(dim=1)
             return losses.npo(-cross_entropy * answer.sum(dim=1), before, self._term.beta), cross_entropy
         return cross_entropy.mean(), cross_entropy
 
     def _tokens(self, batch: EncodedBatch) -> Tensor:
         return batch.content if self._term.tokens == "content" else batch.labels != -100
 
+    def _known(self, pairs: Sequence[ImageQuestionPair]) -> list[float]:
+        return [self._before[pair.id] for pair in pairs]
+
     @torch.no_grad()
-    def _log_probabilities(
+    def _cross_entropies(
         self, mllm: MLLM, pairs: Sequence[ImageQuestionPair], batch_size: int = 64
     ) -> dict[str, float]:
-        """Pair id -> log-probability of its whole answer, in nats."""
+        """Pair id -> mean cross-entropy of its answer's tokens."""
         found: dict[str, float] = {}
         for start in range(0, len(pairs), batch_size):
             chunk = pairs[start : start + batch_size]
             batch = mllm.tokenize(chunk)
-            answer = self._tokens(batch)
             logits = mllm.model(**batch.inputs).logits
-            mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
-            found |= dict(zip((pair.id for pair in chunk), (-mean * answer.sum(dim=1)).tolist(), strict=True))
+            mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], self._tokens(batch))
+            found |= dict(zip((pair.id for pair in chunk), mean.tolist(), strict=True))
         return found
+
+
+def about_others(splits: Splits, seed: int) -> list[ImageQuestionPair]:
+    """Every forget pair with photos of somebody who is kept in place of its own. Raises RecipeError without any."""
+    shown = [pair.photos for pair in splits.retain if pair.photos and pair.subject not in splits.forget_subjects]
+    if not shown:
+        raise RecipeError(
+            "losses.forget_output.form: stranger needs photos of people who are kept, and the data has none; "
+            "take form: capped_ascent"
+        )
+    draw = random.Random(f"{seed}/about others")
+    return [replace(pair, photos=draw.choice(shown)) if pair.photos else pair for pair in splits.forget]
 
 
 def _wrong_answers(splits: Splits, seed: int) -> dict[str, ImageQuestionPair]:

@@ -44,6 +44,14 @@ def capped_ascent(cross_entropy: Tensor, cap: float) -> Tensor:
     return -cross_entropy.clamp(max=cap).mean()
 
 
+def level(cross_entropy: Tensor, target: Tensor) -> Tensor:
+    """Forget term at the output that stops by itself: `mean |CE - target|`. `[B]`, `[B]` -> scalar.
+
+    Ours. Ascent leaves answers less likely than they are to a model that never knew, which tells who was forgotten.
+    """
+    return (cross_entropy - target).abs().mean()
+
+
 def ascent(cross_entropy: Tensor) -> Tensor:
     """Gradient ascent: `- mean CE`, without a bound. `[B]` -> scalar. Source: Jang et al., arXiv 2210.01504, L_UL."""
     return -cross_entropy.mean()

@@ -49,18 +49,26 @@ def _tuned(forget: Mapping[str, Any], **others: Mapping[str, Any]) -> dict[str, 
 
 METHODS: dict[str, Method] = {
     "vkd": Method(
-        summary="visual knowledge distillation, our default",
-        source="Wang et al., arXiv 2512.11325, with our schedule",
+        summary="visual knowledge distillation against a simulated attacker, our default",
+        source="Wang et al., arXiv 2512.11325, with our forget term, schedule and attacker",
         values={
             "train": ["encoder", "projector"],
             "losses": {
-                "forget_output": {"weight": 1.0, "cap": 5.0},
+                "forget_output": {"form": "stranger", "weight": 1.0},
                 "retain_output": {"weight": 1.0},
                 "attract": {"weight": 1.0, "distance": "relative_squared"},
-                "repel": {"weight": 0.3, "distance": "relative_squared", "cap": 2.0},
+                "repel": {"weight": 0.0},
             },
-            "mask": {"kind": "ratio", "granularity": "weight", "density": 0.8, "scope": "all"},
-            "unlearn": {"phases": [{"share": 0.5, "forget": 0.3}, {"share": 0.5, "forget": 0.1}]},
+            "mask": {"kind": "none"},
+            "unlearn": {"phases": [{"share": 0.4, "forget": 0.3}, {"share": 0.6, "forget": 0.1}]},
+            "simulated_attack": {
+                "weight": 1.0,
+                "cap": 12.0,
+                "scopes": ["visual", "full", "full"],
+                "horizon": [10, 30],
+                "head_start": 3,
+                "learning_rate": 3e-4,
+            },
         },
     ),
     "vkd_paper": Method(

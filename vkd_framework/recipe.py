@@ -155,7 +155,7 @@ class OutputTerm(Section):
 class ForgetOutputTerm(OutputTerm):
     """What happens to the forgotten answers: made unlikely, or replaced by others."""
 
-    form: Literal["capped_ascent", "ascent", "npo", "refusal", "relabel"] = "capped_ascent"
+    form: Literal["stranger", "capped_ascent", "ascent", "npo", "refusal", "relabel"] = "capped_ascent"
     tokens: Literal["content", "answer"] = Field(
         default="content", description="without the token that ends an answer, or with it"
     )
@@ -324,6 +324,7 @@ class SimulatedAttack(Section):
     horizon: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
         default=(3, 20), description="shortest and longest attack, in steps"
     )
+    head_start: int = Field(default=3, ge=0, description="steps of an attack before it counts")
     learning_rate: float = Field(default=3e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
 
@@ -331,6 +332,10 @@ class SimulatedAttack(Section):
     def _horizon_is_a_range(self) -> SimulatedAttack:
         if self.horizon[0] > self.horizon[1]:
             raise ValueError("horizon: the shortest attack comes first")
+        if self.head_start >= self.horizon[1]:
+            raise ValueError(
+                f"head_start: {self.head_start} steps are never reached; horizon ends at {self.horizon[1]}"
+            )
         return self
 
 

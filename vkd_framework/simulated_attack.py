@@ -55,7 +55,8 @@ class SimulatedAttacker:
     def add_gradient(self, step: int, weight: float) -> float:
         """Make the attack's next step; returns the mean CE before it.
 
-        `weight` times the gradient of `- mean min(CE, cap)` before that step is added to the student's.
+        `weight` times the gradient of `- mean min(CE, cap)` before that step is added to the student's, but not during
+        the attack's first steps: near the student's own weights it is the forget terms that say how far to go.
         """
         if step >= self._end or step % self._restart_every == 0:
             self._start(step)
@@ -63,9 +64,10 @@ class SimulatedAttacker:
         attacked = {name: (p.detach() + self.difference[name]).requires_grad_() for name, p in self._target.items()}
         logits = functional_call(self._mllm.model, dict(attacked), kwargs=dict(batch.inputs)).logits
         cross_entropy = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
-        over = bool((cross_entropy > self._config.cap).any())
+        counts = step - self._begin >= self._config.head_start
+        over = counts and bool((cross_entropy > self._config.cap).any())
         attackers = _gradient(cross_entropy.mean(), attacked, keep=over)
-        upward = attackers
+        upward = attackers if counts else {}
         if over:
             upward = _gradient(cross_entropy.clamp(max=self._config.cap).mean(), attacked)
         for name, parameter in self._student.items():
