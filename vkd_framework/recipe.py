@@ -476,7 +476,7 @@ class Recipe(Section):
     adapter: str
     method: str = Field(
         default=methods.DEFAULT,
-        description="fills in procedure, train, losses, mask, prune and phases; see `vkd methods`",
+        description="fills in procedure, train, losses, mask, prune, phases and floor; see `vkd methods`",
     )
     seed: int = Field(default=0, ge=0)
     model: ModelConfig = ModelConfig()
