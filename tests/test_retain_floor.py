@@ -15,7 +15,7 @@ from vkd_framework.retain_floor import RetainFloor, check_steps
 from vkd_framework.types import Splits
 from vkd_framework.unlearn import History, unlearn
 
-STEPS, EVERY = 12, 3
+STEPS, EVERY = 8, 2
 BREAKING = 0.1
 """A learning rate at which a model that knows its retain pairs by heart loses them within a few steps."""
 SHORT = EvaluateConfig(max_new_tokens=6)
@@ -31,10 +31,9 @@ def guarded(floor: float | None, rate: float = BREAKING, **changes: Any) -> Reci
         **{"learning_rate": rate, "checkpoint_every": EVERY, "retain_floor": floor, "floor_pairs": 6},
         "phases": [{"share": 0.25, "forget": 1.0}, {"share": 0.75, "forget": 1.0}],
     }
-    attack = {"weight": 0.5, "horizon": [1, 3], "batch_size": 3}
-    return make_recipe(
-        unlearn=settings | changes, simulated_attack=attack, evaluate=SHORT.model_dump(), mask={"kind": "none"}
-    )
+    attack = {"weight": 0.5, "horizon": [1, 3], "head_start": 0, "batch_size": 3, "scopes": ["visual"]}
+    losses = {"forget_output": {"form": "capped_ascent"}}
+    return make_recipe(unlearn=settings | changes, simulated_attack=attack, losses=losses, evaluate=SHORT.model_dump())
 
 
 def tuned(mllm: MLLM, splits: Splits, recipe: Recipe, folder: Path) -> History:
