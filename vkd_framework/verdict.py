@@ -158,7 +158,7 @@ def _forgotten(metrics: Mapping[str, Any]) -> str:
     relearn = metrics.get("relearn") or {}
     average, recovery = relearn.get("advantage_over_retain_only"), relearn.get("average_recovery")
     if is_number(average):
-        text += f"; under relearning attacks it is {points(average)} from a model that never knew"
+        text += f"; relearning attacks leave it {points(average)} beside a model that never knew, attacked alike"
     elif is_number(recovery):
         text += f"; relearning attacks change it by {points(recovery)} on average"
     return f"{text}."
