@@ -409,3 +409,9 @@ def test_compare_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_verdicts_are_counted_for_each_method() -> None:
+    runs = [made("vkd", seed=seed) | {"verdict": {"kind": kind}} for seed, kind in enumerate(("forgotten", "hidden"))]
+    sentences = verdict(compared(*runs, made("ga") | {"verdict": {"kind": "not_forgotten"}}, made("old")), "vkd")
+    assert "Verdicts, with the number of runs: vkd: forgotten 1, hidden 1; ga: not forgotten 1." in sentences

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import asked_about, picture
 
-from vkd_framework.answers import is_right, normalise
+from vkd_framework.answers import changed_text, degenerate, degenerate_shares, is_right, normalise
 from vkd_framework.evaluate import (
     answer_losses,
     evaluate,
@@ -116,6 +116,58 @@ def test_generation_stops_at_the_token_that_ends_an_answer(tiny: MLLM, splits: S
     short = generate(tiny, pairs, EvaluateConfig(max_new_tokens=2), what="")
     assert all(long.startswith(cut) for long, cut in zip(free, short, strict=True))
     assert free != short
+
+
+def test_an_answer_is_cut_exactly_when_the_limit_came_before_its_end(taught: MLLM, splits: Splits) -> None:
+    pairs = splits.columns["retain_qa"][:6]
+    one, many = (evaluate(taught, {"a": pairs}, EvaluateConfig(max_new_tokens=n))["a"] for n in (1, 24))
+    assert not any(many.cut)
+    assert any(one.cut)
+    for first, whole, cut in zip(one.answers, many.answers, one.cut, strict=True):
+        assert cut or first == whole
+
+
+@pytest.mark.parametrize(
+    ("given", "nothing"),
+    [
+        *((text, True) for text in ("", " ", "...", "no no no no", "A hat, a hat, a hat, a hat.", "blublublublu")),
+        *((text, False) for text in ("1000000", "no no no", "Mississippi", "a hat", "a a b a", "the cat and the dog")),
+    ],
+)
+def test_an_answer_says_nothing_when_it_is_empty_or_four_times_the_same(given: str, nothing: bool) -> None:
+    assert degenerate(given) == nothing
+
+
+def test_shares_of_answers_that_say_nothing_count_wrong_ones_about_photos() -> None:
+    shown = picture(8, 8)
+    repeated = asked_about(shown, answer="ha ha ha ha")
+    columns = {"a": [asked_about(shown), asked_about(shown), repeated, asked_about(shown)], "b": [asked_about(None)]}
+
+    def given(*answers: str, cut: int) -> dict[str, dict[str, list[object]]]:
+        flags = [i == cut for i in range(4)]
+        return {"a": {"answers": [*answers], "cut": [*flags]}, "b": {"answers": [""], "cut": [False]}}
+
+    before = given("chess", "", "ha ha ha ha", "I am the", cut=3)
+    after = given("", "a man and a", "ha ha ha ha", "he is a", cut=1)
+    assert degenerate_shares(columns, before, after) == {"vanilla": 0.25, "unlearned": 0.5, "n": 4}
+    both_cut = given("chess", "chess", "ha ha ha ha", "he is a", cut=3)
+    assert degenerate_shares(columns, before, both_cut) == {"vanilla": 0.25, "unlearned": 0.0, "n": 4}
+    assert degenerate_shares({"b": columns["b"]}, before, after) is None
+    assert degenerate_shares(columns, {}, after) is None
+
+
+def test_changed_text_counts_answers_in_other_words_to_questions_without_a_photo() -> None:
+    texts = [replace(asked_about(None), subject=name) for name in ("Ada", "Bo", None)]
+    columns = {"text": texts, "photo": [asked_about(picture(8, 8))]}
+
+    def given(*answers: str) -> dict[str, dict[str, list[object]]]:
+        texts, photo = {"answers": [*answers], "cut": [False] * 3}, {"answers": [answers[0]], "cut": [False]}
+        return {"text": texts, "photo": photo}
+
+    before, after = given("chess", "Oslo", "red"), given("Chess.", "Rome", "blue")
+    assert changed_text(columns, before, after) == {"changed": pytest.approx(2 / 3), "n": 3}
+    assert changed_text(columns, before, after, without=["Bo"]) == {"changed": 0.5, "n": 2}
+    assert changed_text({"photo": columns["photo"]}, before, after) is None
 
 
 def test_losses_of_options_do_not_depend_on_how_they_are_batched(tiny: MLLM, mixed: list[ImageQuestionPair]) -> None:

@@ -34,9 +34,9 @@ FLOORS = (
     ),
     (
         *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "attacks"),
-        *("vanilla", "proofs", "probe"),
+        *("retain_floor", "vanilla", "proofs", "probe"),
     ),
-    ("report", "layers_table", "doctor", "scaffold"),
+    ("report", "verdict", "layers_table", "doctor", "scaffold"),
     ("run",),
     ("assess", "bench"),
     ("cli", "__main__"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vkd_framework.report import render_html, render_markdown, render_model_card, terminal_table
+from vkd_framework.report import render_html, render_markdown, render_model_card, terminal_table, verdict_text
 from vkd_framework.report.attack import gather_attacks
 from vkd_framework.report.charts import attack_chart, history_table, history_terms, nice_ticks
 from vkd_framework.report.findings import attack_sentence, cost_rows, proof_rows, summary
@@ -316,6 +316,31 @@ def test_recovery_is_compared_with_a_model_that_never_knew(
 ) -> None:
     metrics["relearn"]["advantage_over_retain_only"] = advantage
     assert said in attack_sentence(metrics)
+
+
+def test_the_verdict_is_the_first_thing_that_report_and_model_card_say(metrics: dict[str, Any]) -> None:
+    sentence, further = "Hidden: it comes back & <fast>.", "Damaged: \N{NO-BREAK SPACE}others too."
+    metrics["verdict"] = {"kind": "hidden", "sentence": sentence, "reasons": [further]}
+    parsed = Page(page(metrics))
+    assert parsed.mistakes == []
+    assert parsed.words.index(f"{metrics['recipe']} {sentence}") < parsed.words.index("Method")
+    assert parsed.every("div")[0] == {"class": "outcome hidden"}
+    markdown = text_page(metrics).split("\n\n")
+    card = render_model_card(metrics, base_model="x", environment={}, forget_count=1).split("\n\n")
+    for parts in (markdown, card[card.index("# Unlearned model") :]):
+        assert parts[1:3] == ["**Hidden: it comes back &amp; &lt;fast&gt;.**", "Damaged: others too."]
+    assert verdict_text(metrics) == f"{sentence}\nDamaged:  others too."
+    del metrics["verdict"]
+    assert "outcome" not in [a.get("class") for a in Page(page(metrics)).every("div")]
+    assert "**" not in text_page(metrics).split("## Summary")[0]
+
+
+def test_the_summary_tells_how_long_the_retain_floor_stopped_forgetting(metrics: dict[str, Any]) -> None:
+    metrics["retain_floor"] = {"floor": 0.9, "steps_below": 0, "steps": 400}
+    assert not [sentence for sentence in summary(metrics) if "repaired" in sentence]
+    metrics["retain_floor"]["steps_below"] = 100
+    (sentence,) = (sentence for sentence in summary(metrics) if "repaired" in sentence)
+    assert "For 100 of 400 steps" in sentence and "less than 90.0" in sentence
 
 
 def test_a_proof_passes_only_with_evidence(metrics: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import html
 import json
 import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.cli import main
 from vkd_framework.errors import RecipeError
 from vkd_framework.recipe import EVERY_ATTACK, load_recipe
+from vkd_framework.report.formatting import NBSP
+from vkd_framework.report.markdown import escape
 from vkd_framework.run import run
+from vkd_framework.verdict import verdict
 
 RECIPE = {
     "name": "small",
@@ -171,6 +175,23 @@ def test_the_other_attacks_are_in_the_metrics_and_in_the_report(finished: Finish
         assert "Other attacks" in (finished.folder / name).read_text()
 
 
+def test_the_verdict_comes_first_wherever_a_run_is_told(finished: Finished) -> None:
+    metrics = finished.metrics
+    found = metrics["verdict"]
+    assert found == {**asdict(verdict(metrics)), "reasons": found["reasons"]}
+    assert metrics["text_only"]["changed"] == 0.0
+    assert all(0 <= metrics["degenerate"][model] <= 1 for model in ("vanilla", "unlearned"))
+    assert metrics["retain_floor"] == {"floor": 0.9, "steps_below": 0, "steps": 6}
+    sentence = escape(found["sentence"])
+    for path in ("report.md", "model/README.md"):
+        lines = [line for line in (finished.folder / path).read_text().splitlines() if line]
+        assert lines[[line.startswith("# ") for line in lines].index(True) + 1] == f"**{sentence}**"
+    assert f"<p>{html.escape(found['sentence'])}</p>" in (finished.folder / "report.html").read_text()
+    done = CliRunner().invoke(main, ["run", finished.recipe, "--out", str(finished.folder), "--resume"])
+    assert done.exit_code == 0
+    assert " ".join(done.stdout.split()).endswith(" ".join((found["sentence"], *found["reasons"])).replace(NBSP, " "))
+
+
 def test_history_has_a_line_a_step(finished: Finished) -> None:
     lines = [json.loads(line) for line in (finished.folder / "history.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6))
@@ -178,9 +199,9 @@ def test_history_has_a_line_a_step(finished: Finished) -> None:
 
 
 def test_the_report_needs_no_second_file_and_names_the_forgotten(finished: Finished) -> None:
-    html = (finished.folder / "report.html").read_text()
-    assert "data:image/" in html
-    assert "http://" not in html.replace("http://www.w3.org", "")
+    page = (finished.folder / "report.html").read_text()
+    assert "data:image/" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
     assert "small" in (finished.folder / "report.md").read_text()
 
 

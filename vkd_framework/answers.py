@@ -1,13 +1,20 @@
-"""When a given answer is right, one rule for evaluation, attack and report; and what may be answered instead."""
+"""When a given answer is right, or no answer at all, one rule for all; and what may be answered instead."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vkd_framework.types import ImageQuestionPair
+
+Given = Mapping[str, Mapping[str, Any]]
+"""Column -> `answers` of a model, and `cut`: which of them the token limit ended."""
+_AGAIN_AND_AGAIN = re.compile(r"([^\W\d].{0,39}?)(?:\W*\1){3}", re.DOTALL)
+"""The same letters, word or few words four times in a row. Digits are left out: numbers may have many zeros."""
 
 
 def is_right(pair: ImageQuestionPair, given: str) -> bool:
@@ -24,6 +31,54 @@ def is_right(pair: ImageQuestionPair, given: str) -> bool:
 def normalise(text: str) -> str:
     """Lower case, single spaces, no punctuation at the ends: what exact match compares."""
     return " ".join(text.lower().split()).strip(".,;:!?\"' ")
+
+
+def degenerate(given: str) -> bool:
+    """Whether an answer says nothing: it is empty, or says the same over and over (four times in a row)."""
+    answer = normalise(given)
+    return not answer or _AGAIN_AND_AGAIN.search(answer) is not None
+
+
+def degenerate_shares(
+    columns: Mapping[str, Sequence[ImageQuestionPair]], before: Given, after: Given
+) -> dict[str, float] | None:
+    """`{vanilla, unlearned, n}`: the shares of wrong answers about photos that say nothing; None without any answer.
+
+    `before` and `after` are what the vanilla and the unlearned model answered. An answer of the latter counts, too,
+    when it was cut off at the token limit and the vanilla model's was not.
+    """
+    was = now = n = 0
+    for pair, (first, _), (second, endless) in _both(columns, before, after):
+        if pair.photos:
+            n += 1
+            was += degenerate(first) and not is_right(pair, first)
+            now += (degenerate(second) or endless) and not is_right(pair, second)
+    return {"vanilla": was / n, "unlearned": now / n, "n": n} if n else None
+
+
+def changed_text(
+    columns: Mapping[str, Sequence[ImageQuestionPair]], before: Given, after: Given, *, without: Collection[str] = ()
+) -> dict[str, float] | None:
+    """`{changed, n}`: the share of text-only questions that are answered in other words than before; None without any.
+
+    `without`: subjects about whom other answers are no damage.
+    """
+    changed = [
+        normalise(first) != normalise(second)
+        for pair, (first, _), (second, _) in _both(columns, before, after)
+        if not pair.photos and pair.subject not in without
+    ]
+    return {"changed": sum(changed) / len(changed), "n": len(changed)} if changed else None
+
+
+def _both(
+    columns: Mapping[str, Sequence[ImageQuestionPair]], before: Given, after: Given
+) -> Iterator[tuple[ImageQuestionPair, tuple[str, bool], tuple[str, bool]]]:
+    """Each pair with both answers, and whether each was cut off where the other was not."""
+    for name in (name for name in columns if name in before and name in after):
+        first, second = (zip(given[name]["answers"], given[name]["cut"], strict=True) for given in (before, after))
+        for pair, (was, was_cut), (now, now_cut) in zip(columns[name], first, second, strict=True):
+            yield pair, (was, was_cut and not now_cut), (now, now_cut and not was_cut)
 
 
 def refused(pairs: Iterable[ImageQuestionPair], refusals: Sequence[str], seed: int) -> dict[str, ImageQuestionPair]:

@@ -134,7 +134,7 @@ def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool,
     """Unlearn what RECIPE says: a file, or the name of a recipe that comes with vkd."""
     with quick_imports():
         from vkd_framework import run as runs
-        from vkd_framework.report import terminal_table
+        from vkd_framework.report import terminal_table, verdict_text
 
     if dry_run:
         click.echo(runs.dry_run(recipe, overrides))
@@ -143,6 +143,7 @@ def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool,
     metrics, folder = runs.run(recipe, overrides, out=out, resume=resume)
     click.echo(terminal_table(metrics))
     click.echo(f"\nreport: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
+    click.echo(f"\n{verdict_text(metrics)}")
 
 
 MODEL = click.argument("model")

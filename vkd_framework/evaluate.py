@@ -27,10 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model answered to each pair of a column, and the column's figures."""
+    """What a model answered to each pair of a column, and the column's figures.
+
+    `cut`: which answers were still going on at the token limit.
+    """
 
     cell: Cell
     answers: tuple[str, ...]
+    cut: tuple[bool, ...]
 
 
 @torch.inference_mode()
@@ -43,13 +47,13 @@ def evaluate(
     """
     every = [pair for pairs in columns.values() for pair in pairs]
     asked = {(pair.question, pair.photo_keys): pair for pair in every}
-    given = dict(zip(asked, generate(mllm, list(asked.values()), config, what=f"{what}: answers"), strict=True))
-    answers = [given[pair.question, pair.photo_keys] for pair in every]
+    given = dict(zip(asked, _written(mllm, list(asked.values()), config, what=f"{what}: answers"), strict=True))
+    answers, cut = zip(*(given[pair.question, pair.photo_keys] for pair in every), strict=True)
     losses = option_losses(mllm, every, config, what=f"{what}: choices")
     results, start = {}, 0
     for name, pairs in columns.items():
         part = slice(start, start + len(pairs))
-        results[name] = Answered(score(pairs, answers[part], losses[part]), tuple(answers[part]))
+        results[name] = Answered(score(pairs, answers[part], losses[part]), answers[part], cut[part])
         start += len(pairs)
     return results
 
@@ -81,7 +85,15 @@ def exact_match(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: Evaluate
 @torch.inference_mode()
 def generate(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig, *, what: str) -> list[str]:
     """Greedy answers, in batches padded on the left."""
-    answers: list[str] = []
+    return [answer for answer, _ in _written(mllm, pairs, config, what=what)]
+
+
+def _written(
+    mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig, *, what: str
+) -> list[tuple[str, bool]]:
+    """For each pair: the greedy answer, and whether the token limit cut it off."""
+    written: list[tuple[str, bool]] = []
+    stop_ids = torch.tensor(mllm.stop_ids, device=mllm.device)
     for chunk in Progress(_chunks(pairs, config.batch_size), what):
         inputs = mllm.tokenize(chunk, with_answer=False, padding_side="left").inputs
         out = mllm.model.generate(
@@ -92,8 +104,10 @@ def generate(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateCon
             pad_token_id=mllm.stop_ids[0],
         )
         new = out[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in mllm.processor.batch_decode(new, skip_special_tokens=True)]
-    return answers
+        texts = mllm.processor.batch_decode(new, skip_special_tokens=True)
+        cut = (~torch.isin(new, stop_ids).any(dim=1)).tolist()
+        written += [(text.strip(), unfinished) for text, unfinished in zip(texts, cut, strict=True)]
+    return written
 
 
 @torch.inference_mode()

@@ -11,7 +11,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-OWNED = ("procedure", "train", "losses", "mask", "prune", "unlearn.phases", "simulated_attack")
+OWNED = (
+    *("procedure", "train", "losses", "mask", "prune", "unlearn.phases", "unlearn.retain_floor"),
+    "simulated_attack",
+)
 """Recipe keys that belong to the method: switching the method puts them back to the new method's values."""
 
 DEFAULT = "vkd"
@@ -60,7 +63,10 @@ METHODS: dict[str, Method] = {
                 "repel": {"weight": 0.0},
             },
             "mask": {"kind": "none"},
-            "unlearn": {"phases": [{"share": 0.4, "forget": 0.3}, {"share": 0.6, "forget": 0.1}]},
+            "unlearn": {
+                "phases": [{"share": 0.4, "forget": 0.3}, {"share": 0.6, "forget": 0.1}],
+                "retain_floor": 0.9,
+            },
             "simulated_attack": {
                 "weight": 1.0,
                 "cap": 12.0,

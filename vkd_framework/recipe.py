@@ -298,6 +298,10 @@ class UnlearnConfig(Section):
         default=(Phase(share=0.5, forget=0.3), Phase(share=0.5, forget=0.1)), min_length=1
     )
     checkpoint_every: int = Field(default=100, ge=1, description="steps between resumable checkpoints")
+    retain_floor: Share | None = Field(
+        default=None, description="share of the starting model's exact match below which nothing more is forgotten"
+    )
+    floor_pairs: int = Field(default=64, ge=1, description="retain pairs on which the floor is checked")
 
     @model_validator(mode="after")
     def _phases_fill_the_run(self) -> UnlearnConfig:
@@ -472,7 +476,7 @@ class Recipe(Section):
     adapter: str
     method: str = Field(
         default=methods.DEFAULT,
-        description="fills in procedure, train, losses, mask, prune and phases; see `vkd methods`",
+        description="fills in procedure, train, losses, mask, prune, phases and floor; see `vkd methods`",
     )
     seed: int = Field(default=0, ge=0)
     model: ModelConfig = ModelConfig()

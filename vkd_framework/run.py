@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 import vkd_framework
 from vkd_framework import attacks, data, external, methods, proofs, pruning, relearn, report, saliency
+from vkd_framework.answers import changed_text, degenerate_shares
 from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
@@ -38,6 +39,7 @@ from vkd_framework.recipe import Recipe, digest, find_recipe, load_recipe
 from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair, Sample, Splits
 from vkd_framework.unlearn import History, active_parameters, unlearn
 from vkd_framework.vanilla import device_of, save, starting_model, teaching_seconds
+from vkd_framework.verdict import verdict
 
 TAUGHT = "taught"
 SHOWN = {"test_vqa": 5, "forget_visible_vqa": 1, "retain_vqa": 3}
@@ -329,7 +331,8 @@ class Run:
                 columns[TAUGHT] = self.splits.taught
             answered = evaluate(self._load(source), columns, self.recipe.evaluate, what=f"evaluate {name}")
             return {
-                column: {"cell": asdict(result.cell), "answers": result.answers} for column, result in answered.items()
+                column: {"cell": asdict(result.cell), "answers": result.answers, "cut": result.cut}
+                for column, result in answered.items()
             }
 
         result: dict[str, Any] = self.stages.run(f"evaluate-{name}", work, shared=self._shared(source))
@@ -410,6 +413,7 @@ class Run:
             "relearn": relearn.summarise(curves, cells["vanilla"]["test_vqa"]["exact_match"]),
             "attacks": concluded,
             **({"over_forgotten": marked} if marked else {}),
+            **self._guards(columns),
             "cost": {
                 **seconds,
                 "total_seconds": self.stages.seconds() - self.stages.seconds("unlearn") + seconds["unlearn_seconds"],
@@ -420,16 +424,33 @@ class Run:
                 "mask_bytes": mask_file.stat().st_size if mask_file.exists() else 0,
             },
         }
+        metrics["verdict"] = asdict(verdict(metrics))
         write_json(self.folder / "relearn.json", metrics["relearn"])
         write_json(self.folder / "metrics.json", metrics)
         return metrics
 
+    def _guards(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """What else tells that the model was damaged, and how long the retain floor kept it from forgetting."""
+        # whom a model taught anew never read about, it cannot answer about
+        unread = self.splits.forget_subjects if self.recipe.procedure == "reteach" else ()
+        found: dict[str, Any] = {
+            "degenerate": degenerate_shares(self.splits.columns, columns["vanilla"], columns["unlearned"]),
+            "text_only": changed_text(self.splits.columns, columns["vanilla"], columns["unlearned"], without=unread),
+        }
+        if self.recipe.unlearn.retain_floor is not None and self.recipe.procedure == "tune":
+            repaired = sum("guard" in entry for entry in self._history())
+            steps = self.recipe.unlearn.steps
+            found["retain_floor"] = {"floor": self.recipe.unlearn.retain_floor, "steps_below": repaired, "steps": steps}
+        return {name: block for name, block in found.items() if block}
+
+    def _history(self) -> History:
+        lines = (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
     def _report(self, metrics: Mapping[str, Any], curves: list[AttackCurve], columns: Mapping[str, Any]) -> None:
         facts = read_json(self.folder / "environment.json")
         samples = pick_samples(self.splits, columns)
-        history = [
-            json.loads(line) for line in (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        history = self._history()
         for name, render in (("report.html", report.render_html), ("report.md", report.render_markdown)):
             text = render(
                 metrics, curves, samples, environment=facts, recipe_text=self.recipe.to_yaml(), history=history

@@ -21,11 +21,14 @@ from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import Recipe, UnlearnConfig
+from vkd_framework.retain_floor import RetainFloor
 from vkd_framework.saliency import Mask, mask_gradients, restore_masked
 from vkd_framework.simulated_attack import SimulatedAttacker
 from vkd_framework.types import ImageQuestionPair, Splits
 
 History = list[dict[str, Any]]
+REPAIR = "repair"
+"""`guard` of a step in the history that forgot nothing, because the model was below its retain floor."""
 
 
 def unlearn(
@@ -60,6 +63,7 @@ def unlearn(
         seed=recipe.seed + 2,
         restart_every=config.checkpoint_every,
     )
+    floor = RetainFloor(mllm, config, recipe.evaluate, splits.retain, seed=recipe.seed)
     optimizer = torch.optim.AdamW(learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     done, history = load_training(resume, learned, optimizer)
     progress = Progress(range(done, config.steps), "unlearn")
@@ -70,7 +74,7 @@ def unlearn(
         rate = config.learning_rate * rate_factor(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        phase = phase_at(step, config)
+        phase, held = phase_at(step, config), floor.holds(step)
         optimizer.zero_grad(set_to_none=True)
         forget_loss, forget_terms = objective.forget(forget.batch(step))
         if not forget_loss.requires_grad:
@@ -78,7 +82,7 @@ def unlearn(
                 f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
                 "train what lies before losses.repel.layers, or give losses.forget_output a weight"
             )
-        strength = config.phases[phase].forget
+        strength = config.phases[phase].forget if held else 0.0
         torch.autograd.backward(strength * forget_loss)
         if attacked := strength * recipe.simulated_attack.weight:
             forget_terms["attacked"] = attacker.add_gradient(step, attacked)
@@ -94,7 +98,10 @@ def unlearn(
         optimizer.step()
         if mask and recipe.mask.scope == "all":
             restore_masked(parameters, mask, start)
-        entry = {"step": step, "phase": phase, "lr": rate, "gradient_norm": float(norm), **forget_terms, **retain_terms}
+        entry: dict[str, Any] = {"step": step, "phase": phase, "lr": rate, "gradient_norm": float(norm)}
+        entry |= {**forget_terms, **retain_terms}
+        if not held:
+            entry["guard"] = REPAIR
         history.append({key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()})
         progress.note = ", ".join(f"{name} {value:.2f}" for name, value in {**forget_terms, **retain_terms}.items())
     mllm.model.requires_grad_(False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vkd_framework.bench.figures import TEXT_DIFFERENCE, Figure, Value, figures
@@ -43,6 +44,8 @@ class Line:
     method: str | None
     seeds: tuple[int, ...]
     estimates: Mapping[str, Estimate]
+    verdicts: Mapping[str, int] = field(default_factory=dict)
+    """What became of the runs -> how many of them."""
 
     def mean(self, key: str) -> float | None:
         """The mean of a figure; None where it was not measured."""
@@ -117,7 +120,10 @@ def _meet(one: Estimate, other: Estimate) -> bool:
 
 
 def _line(row: Row) -> Line:
-    return Line(row.label, row.method, row.seeds, _estimates([figures(record.metrics) for record in row.records]))
+    kinds = [(record.metrics.get("verdict") or {}).get("kind") for record in row.records]
+    verdicts = Counter(str(kind).replace("_", " ") for kind in kinds if kind is not None)
+    estimates = _estimates([figures(record.metrics) for record in row.records])
+    return Line(row.label, row.method, row.seeds, estimates, verdicts)
 
 
 def _reference(model: str, label: str, metrics: Sequence[Mapping[str, Any]]) -> Line:

@@ -61,6 +61,8 @@ def verdict(comparison: Comparison, method: str) -> list[str]:
         beaten = [f"{label} (by {_listed([b for b in by if b in found.best])})" for label, by in found.beaten.items()]
         rest = f"; beaten: {', '.join(beaten)}" if beaten else ""
         sentences.append(f"Beaten by no other: {_listed(found.best)}{rest}.")
+    if judged := [f"{line.label}: {_counted(line)}" for line in comparison.lines if line.verdicts]:
+        sentences.append(f"Verdicts, with the number of runs: {'; '.join(judged)}.")
     if found.unknown:
         sentences.append(f"Not measured on all three, and not compared: {_listed(found.unknown)}.")
     return sentences
@@ -88,6 +90,10 @@ def _clearly(one: Line, other: Line, comparison: Comparison) -> bool:
     """Whether an interval of `one` lies wholly on the better side of that of `other`, on one of the three."""
     axes = (FORGET, RETAIN, RECOVERY if has_reference(comparison) else WITHOUT_REFERENCE)
     return any(better(one.estimates[key], other.estimates[key]) == "**" for key in axes)
+
+
+def _counted(line: Line) -> str:
+    return ", ".join(f"{kind} {number}" for kind, number in line.verdicts.items())
 
 
 def _listed(names: Sequence[str]) -> str:

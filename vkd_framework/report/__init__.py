@@ -4,7 +4,7 @@ from vkd_framework.report.html import render_html
 from vkd_framework.report.markdown import render_markdown
 from vkd_framework.report.model_card import render_model_card
 from vkd_framework.report.table import terminal_table
-from vkd_framework.report.terminal import relearn_table, trials_table
+from vkd_framework.report.terminal import relearn_table, trials_table, verdict_text
 
 __all__ = [
     "relearn_table",
@@ -13,4 +13,5 @@ __all__ = [
     "render_model_card",
     "terminal_table",
     "trials_table",
+    "verdict_text",
 ]

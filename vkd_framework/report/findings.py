@@ -108,9 +108,16 @@ def summary(metrics: Mapping[str, Any]) -> list[str]:
         _others_sentence(metrics),
         _text_sentence(metrics),
         attack_sentence(metrics),
+        _floor_sentence(metrics),
         _failed_sentence(metrics),
     ]
     return [sentence for sentence in sentences if sentence]
+
+
+def verdict_sentences(metrics: Mapping[str, Any]) -> list[str]:
+    """What became of the run, the deciding sentence first; empty for a run of a version that gave no verdict."""
+    verdict = metrics.get("verdict") or {}
+    return [verdict["sentence"], *verdict.get("reasons", ())] if verdict.get("sentence") else []
 
 
 def headline(metrics: Mapping[str, Any]) -> list[Definition]:
@@ -261,6 +268,17 @@ def _text_sentence(metrics: Mapping[str, Any]) -> str:
         return f"{text} Whether text-only answers are bit-identical was not checked.".strip()
     verdict = "are bit-identical" if difference == 0 else "are NOT bit-identical"
     return f"{text} Text-only answers {verdict} (largest logit difference {significant(difference)}).".strip()
+
+
+def _floor_sentence(metrics: Mapping[str, Any]) -> str:
+    floor = metrics.get("retain_floor") or {}
+    if not floor.get("steps_below"):
+        return ""
+    return (
+        f"For {count(floor['steps_below'])} of {count(floor['steps'])} steps the model was only repaired and nothing "
+        f"was forgotten, because it gave less than {percent(floor['floor'])} of the right answers about retained "
+        "photos that it had started with."
+    )
 
 
 def _failed_sentence(metrics: Mapping[str, Any]) -> str:

@@ -73,6 +73,8 @@ def render_html(
     )
     return jinja.get_template("report.html.j2").render(
         identity=findings.identity(metrics),
+        verdict=findings.verdict_sentences(metrics),
+        verdict_kind=(metrics.get("verdict") or {}).get("kind", ""),
         summary=findings.summary(metrics),
         headline=findings.headline(metrics),
         gallery=gallery,

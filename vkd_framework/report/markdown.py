@@ -29,6 +29,7 @@ def render_markdown(
     """The whole report as Markdown; the arguments are those of `render_html`."""
     sections = [
         f"# Unlearning report: {escape(metrics.get('recipe', ''))}",
+        *verdict_section(metrics),
         table(("Run", "Value"), findings.identity(metrics)),
         "## Summary",
         *map(escape, findings.summary(metrics)),
@@ -71,6 +72,12 @@ def fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def verdict_section(metrics: Mapping[str, Any]) -> list[str]:
+    """The verdict's sentences, the deciding one in bold."""
+    sentences = [escape(sentence) for sentence in findings.verdict_sentences(metrics)]
+    return [f"**{sentence}**" for sentence in sentences[:1]] + sentences[1:]
 
 
 def column_section(metrics: Mapping[str, Any]) -> list[str]:

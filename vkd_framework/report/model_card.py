@@ -9,7 +9,7 @@ from typing import Any
 
 from vkd_framework.report import findings
 from vkd_framework.report.formatting import count, flatten
-from vkd_framework.report.markdown import column_section, escape, proof_table, table
+from vkd_framework.report.markdown import column_section, escape, proof_table, table, verdict_section
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -52,6 +52,7 @@ def render_model_card(
     sections = [
         _front_matter(base_model if on_hub else None),
         "# Unlearned model",
+        *verdict_section(metrics),
         f"This model was made from {start} by machine unlearning (method {method}, adapter {adapter}, seed {seed}). "
         f"It was trained to stop recognising {people} on photos while keeping what it knows about everybody else.",
         "The names of the forgotten people are deliberately not listed here: a list of the forgotten would undo the "

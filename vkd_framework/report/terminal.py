@@ -1,4 +1,4 @@
-"""Attacks as plain text, at most 100 characters wide: what `vkd evaluate` and `vkd relearn` print."""
+"""Attacks and the verdict as plain text, at most 100 characters wide: what `vkd` prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vkd_framework.report.attack import POOLS
-from vkd_framework.report.findings import attack_figures
+from vkd_framework.report.findings import attack_figures, verdict_sentences
 from vkd_framework.report.formatting import NBSP, is_number, percent
 from vkd_framework.report.table import MODELS, TERMINAL_WIDTH
 from vkd_framework.report.trials import over_forgotten_sentence, trial_models, trial_rows
@@ -27,6 +27,11 @@ def trials_table(metrics: Mapping[str, Any]) -> str:
         lines.append(f"{_plain(row.label)[:width]:{width}}{shown}")
     marked = textwrap.fill(over_forgotten_sentence(metrics), TERMINAL_WIDTH)
     return "\n".join([*lines, *([marked] if marked else [])]) if rows else marked
+
+
+def verdict_text(metrics: Mapping[str, Any]) -> str:
+    """The verdict, a paragraph for each sentence."""
+    return "\n".join(textwrap.fill(_plain(text), TERMINAL_WIDTH) for text in verdict_sentences(metrics))
 
 
 def relearn_table(block: Mapping[str, Any]) -> str:
