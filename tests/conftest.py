@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -96,16 +97,25 @@ def recipe() -> Recipe:
     return make_recipe()
 
 
-def make_recipe(**changes: object) -> Recipe:
-    """A small recipe on the cast; `changes` replace whole sections."""
+def make_recipe(**changes: Any) -> Recipe:
+    """A small recipe on the cast; `changes` replace whole sections, of the losses only what they name.
+
+    Unless a method is named, all four terms of the objective and nothing else: no mask, no attacker, no floor.
+    """
+    unlearn = {"steps": 4, "warmup": 0, "forget_batch": 4, "retain_batch": 4, "cosine_share": 0.0}
     settings: dict[str, object] = {
         "name": "small",
         "adapter": "qwen_vl",
         "data": CAST,
         "teach": {"steps": 1},
         "layers": ["vision.1", "projector"],
-        "unlearn": {"steps": 4, "warmup": 0, "forget_batch": 4, "retain_batch": 4, "cosine_share": 0.0},
+        "unlearn": unlearn,
     }
+    if "method" not in changes:
+        given = changes.pop("losses", {})
+        terms: dict[str, Any] = {"forget_output": {"form": "capped_ascent"}, "repel": {"weight": 0.3}}
+        losses = given | {name: term | given.get(name, {}) for name, term in terms.items()}
+        changes = {"losses": losses, "simulated_attack": {"weight": 0}, **changes}
     return Recipe.model_validate(settings | changes)
 
 

@@ -30,7 +30,7 @@ from vkd_framework.unlearn import History, unlearn
 TRAINED = [name for name, method in METHODS.items() if method.values.get("procedure", "tune") == "tune"]
 ALONE = ("ga", "npo")
 """Methods that look at the forget set alone."""
-SHORT = {"steps": 8, "learning_rate": 3e-3, "warmup": 0, "forget_batch": 5, "retain_batch": 5}
+SHORT = {"steps": 8, "learning_rate": 3e-3, "warmup": 0, "forget_batch": 5, "retain_batch": 5, "phases": [{"share": 1}]}
 
 
 def of_method(name: str, **changes: Any) -> Recipe:

@@ -357,7 +357,7 @@ def test_a_method_fills_in_what_the_recipe_leaves_out_and_nothing_else() -> None
     recipe = Recipe.model_validate(MINIMAL | given)
     values = METHODS["vkd"].values
     assert recipe.losses.repel.weight == 0.7
-    assert recipe.losses.forget_output.cap == values["losses"]["forget_output"]["cap"]
+    assert recipe.losses.forget_output.form == values["losses"]["forget_output"]["form"]
     assert (recipe.mask.kind, recipe.mask.density, recipe.mask.threshold) == ("random", 0.5, None)
 
 

@@ -195,7 +195,7 @@ def test_the_verdict_comes_first_wherever_a_run_is_told(finished: Finished) -> N
 def test_history_has_a_line_a_step(finished: Finished) -> None:
     lines = [json.loads(line) for line in (finished.folder / "history.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6))
-    assert all({"forget_output", "retain_output", "attract", "repel"} <= set(line) for line in lines)
+    assert all({"forget_output", "attacked", "retain_output", "attract"} <= set(line) for line in lines)
 
 
 def test_the_report_needs_no_second_file_and_names_the_forgotten(finished: Finished) -> None:
