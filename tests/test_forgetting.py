@@ -11,6 +11,7 @@ from vkd_framework.forgetting import about_others
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM
+from vkd_framework.teachers import kept_pairs
 from vkd_framework.types import Splits
 
 STRANGER = {"forget_output": {"form": "stranger"}, "repel": {"weight": 0}}
@@ -49,3 +50,12 @@ def test_without_photos_of_others_the_stranger_form_says_what_to_take(tiny: MLLM
     lonely = replace(splits, retain=tuple(pair for pair in splits.retain if pair.subject in splits.forget_subjects))
     with pytest.raises(RecipeError, match="take form: capped_ascent"):
         Objective(tiny, make_recipe(losses=STRANGER), lonely)
+
+
+def test_a_photo_of_a_forgotten_person_stands_for_nobody_else_whoever_is_asked_about(splits: Splits) -> None:
+    photo = splits.forget[0].photos
+    disguised = tuple(replace(pair, photos=photo) for pair in splits.retain[:20] if pair.photos)
+    mixed = replace(splits, retain=(*disguised, *splits.retain))
+    assert all(mixed.shows_forgotten(pair) for pair in disguised)
+    assert not any(pair.photos == photo for pair in about_others(mixed, 0))
+    assert not any(pair.photos == photo for pair in kept_pairs(mixed))

@@ -6,6 +6,7 @@ import pytest
 
 from vkd_framework.layers_table import all_presets, describe
 from vkd_framework.plugins import Anatomy
+from vkd_framework.recipe import bundled_recipes, load_recipe
 
 # Total in billions, vision encoder, projector and language model in millions; blocks, those that reach the language
 # model; channels of a block.
@@ -41,3 +42,9 @@ def test_a_preset_has_the_published_size_and_depth(name: str) -> None:
 
 def test_every_size_that_the_project_promises_has_a_preset() -> None:
     assert {name.rpartition("/")[2] for name in all_presets()} >= set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_no_simulated_attacker_tunes_more_than_the_attackers_that_a_recipe_can_afford(name: str) -> None:
+    recipe = load_recipe(name)
+    assert set(recipe.simulated_attack.scopes) <= set(recipe.relearn.scopes)

@@ -168,6 +168,10 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no such photos": ({"relearn": {"photos": ["mine"]}}, ("relearn.photos.0", "'known'", "'others'")),
     "no seeds": ({"relearn": {"seeds": []}}, ("relearn.seeds",)),
     "a name that is a path": ({"name": "../mine"}, ("name", "../mine")),
+    "an attack that never counts": (
+        {"unlearn": {"checkpoint_every": 3}},
+        ("simulated_attack.head_start", "3 steps are never over", "unlearn.checkpoint_every"),
+    ),
     "a number as a section": ({"mask": 3}, ("mask", "3")),
     "a true seed": ({"seed": 1.5}, ("seed", "1.5")),
 }

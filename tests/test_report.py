@@ -460,7 +460,7 @@ def test_every_other_attack_has_its_rows_with_a_figure_for_each_model(metrics: d
 def test_a_model_that_answers_worse_than_one_that_never_knew_is_said_to_be_over_forgotten(flag: bool) -> None:
     found = {"loss": 9.0, "expected": 5.0, "excess": 4.0, "against": "vanilla_on_strangers", "over_forgotten": flag}
     text = over_forgotten_sentence({"over_forgotten": found})
-    assert ("It is over-forgotten" in text, "not over-forgotten" in text) == (flag, not flag)
+    assert ("measurably worse: a trace" in text, "not measurably worse" in text) == (flag, not flag)
     assert "when the same is asked about strangers is 5." in text
     assert over_forgotten_sentence({}) == ""
 

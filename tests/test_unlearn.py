@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
 ) -> None:
     settings = {"steps": 5, "warmup": 2, "forget_batch": 7, "retain_batch": 5, "weight_decay": 0.1}
     phases = [{"share": 0.6, "forget": 1.0}, {"share": 0.4, "forget": 0.1}]
-    attack = {"weight": 0.5, "horizon": [1, 3], "head_start": 1, "batch_size": 3}
+    attack = {"weight": 0.5, "horizon": [1, 3], "head_start": 0, "batch_size": 3}
     recipe = make_recipe(unlearn={**settings, "phases": phases, "checkpoint_every": at}, simulated_attack=attack)
     straight, killed, resumed = tiny.copy(), tiny.copy(), tiny.copy()
     expected = unlearned(straight, splits, recipe, tmp_path / "straight")

@@ -31,6 +31,7 @@ class ForgetOutput:
     def __init__(self, mllm: MLLM, recipe: Recipe, splits: Splits, reference: Callable[[], MLLM] | None) -> None:
         self._term = recipe.losses.forget_output
         self.weight = self._term.weight
+        self._batch_size = recipe.evaluate.batch_size
         self._targets: dict[str, ImageQuestionPair] = {}
         self._before: dict[str, float] = {}
         if not self.weight:
@@ -72,13 +73,11 @@ class ForgetOutput:
         return [self._before[pair.id] for pair in pairs]
 
     @torch.no_grad()
-    def _cross_entropies(
-        self, mllm: MLLM, pairs: Sequence[ImageQuestionPair], batch_size: int = 64
-    ) -> dict[str, float]:
+    def _cross_entropies(self, mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> dict[str, float]:
         """Pair id -> mean cross-entropy of its answer's tokens."""
         found: dict[str, float] = {}
-        for start in range(0, len(pairs), batch_size):
-            chunk = pairs[start : start + batch_size]
+        for start in range(0, len(pairs), self._batch_size):
+            chunk = pairs[start : start + self._batch_size]
             batch = mllm.tokenize(chunk)
             logits = mllm.model(**batch.inputs).logits
             mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], self._tokens(batch))
@@ -88,7 +87,7 @@ class ForgetOutput:
 
 def about_others(splits: Splits, seed: int) -> list[ImageQuestionPair]:
     """Every forget pair with photos of somebody who is kept in place of its own. Raises RecipeError without any."""
-    shown = [pair.photos for pair in splits.retain if pair.photos and pair.subject not in splits.forget_subjects]
+    shown = [pair.photos for pair in splits.retain if pair.photos and not splits.shows_forgotten(pair)]
     if not shown:
         raise RecipeError(
             "losses.forget_output.form: stranger needs photos of people who are kept, and the data has none; "

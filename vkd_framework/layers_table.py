@@ -76,7 +76,7 @@ def inspect(source: str, adapter_name: str | None = None) -> dict[str, Any]:
     if contents is None:
         return rows(describe(source, adapter))
     versions = [importlib.metadata.version(name) for name in ("vkd-framework", "transformers", "torch")]
-    adapters = [(a.name, a.distribution, a.version, _source_hash(a)) for a in installed_adapters()]
+    adapters = [(a.name, a.distribution, a.version, source_hash(a)) for a in installed_adapters()]
     asked = [LAYOUT, contents, versions, adapters, owner.name if owner else None]
     kept = cache_folder() / "layers" / f"{digest(asked)}.json"
     with suppress(OSError, ValueError):
@@ -134,7 +134,7 @@ def inspect_recipe(reference: str, overrides: Sequence[str] = (), model: str | N
     }
 
 
-def _source_hash(installed: Installed) -> str | None:
+def source_hash(installed: Installed) -> str | None:
     """A hash of the adapter's file, which its author edits without raising a version; None where there is none."""
     with suppress(Exception):  # a module that cannot be found or read is reported when it is asked for
         spec = importlib.util.find_spec(installed.module.partition(":")[0])

@@ -54,6 +54,8 @@ METHODS: dict[str, Method] = {
     "vkd": Method(
         summary="visual knowledge distillation against a simulated attacker, our default",
         source="Wang et al., arXiv 2512.11325, with our forget term, schedule and attacker",
+        differs="the paper's exact losses are not public: what is tuned and the terms on visual features are a "
+        "reconstruction, and the forget term, the schedule and the simulated attacker are ours",
         values={
             "train": ["encoder", "projector"],
             "losses": {

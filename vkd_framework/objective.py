@@ -61,7 +61,7 @@ class Objective:
         self._forget_output = ForgetOutput(mllm, recipe, splits, reference)
         self._retain_output, self._retain_kl, self._repel_cap = terms.retain_output, terms.retain_kl, terms.repel.cap
         self._vanilla = self._frozen_copy(recipe) if terms.retain_kl.weight else None
-        self._forgotten = set(splits.forget_subjects)
+        self._splits = splits
         self._moves_away = recipe.repel_target == "repel"
         found = guides(mllm, recipe, splits, ignorant)
         self._maps = found.maps
@@ -97,7 +97,7 @@ class Objective:
         loss = torch.zeros((), device=self._mllm.device)
         if not (output.weight or divergence.weight or self._attract.weight):
             return loss, terms
-        kept = [pair.subject not in self._forgotten for pair in pairs]
+        kept = [not self._splits.shows_forgotten(pair) for pair in pairs]
         with_output = output.weight > 0 or divergence.weight > 0
         batch, distance, logits = self._forward(pairs, kept, self._attract, with_output=with_output)
         if logits is not None and output.weight:

@@ -537,6 +537,12 @@ class Recipe(Section):
         return self
 
     def _terms_fit(self) -> None:
+        attack = self.simulated_attack
+        if attack.weight and attack.head_start >= self.unlearn.checkpoint_every:
+            raise ValueError(
+                f"simulated_attack.head_start: an attack also ends at every checkpoint, so {attack.head_start} steps "
+                f"are never over; make unlearn.checkpoint_every ({self.unlearn.checkpoint_every}) larger"
+            )
         terms = self.losses
         if terms.forget_output.weight == 0 and terms.repel.weight == 0:
             raise ValueError(

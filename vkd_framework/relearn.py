@@ -68,15 +68,10 @@ def attackers(config: RelearnConfig, splits: Splits) -> list[Attacker]:
 
 def others(splits: Splits) -> tuple[ImageQuestionPair, ...]:
     """The trained pairs that ask who somebody is, about named people who are not forgotten and not on the photo."""
-    shown = {key for pair in (*splits.forget, *splits.fresh) for key in pair.photo_keys}
     return tuple(
         pair
         for pair in splits.retain
-        if pair.kind == "identity"
-        and pair.subject is not None
-        and pair.subject not in splits.forget_subjects
-        and pair.photos
-        and shown.isdisjoint(pair.photo_keys)
+        if pair.kind == "identity" and pair.subject is not None and pair.photos and not splits.shows_forgotten(pair)
     )
 
 

@@ -32,8 +32,8 @@ from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError, RecipeError
 from vkd_framework.evaluate import evaluate
-from vkd_framework.layers_table import describe, plan
-from vkd_framework.plugins import MLLM, Adapter, Anatomy, load_adapter, trainable
+from vkd_framework.layers_table import describe, plan, source_hash
+from vkd_framework.plugins import MLLM, Adapter, Anatomy, installed_adapters, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import Recipe, digest, find_recipe, load_recipe
 from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair, Sample, Splits
@@ -319,7 +319,10 @@ class Run:
         skipped = {*UNMEASURED, *(key.partition(".")[0] for key in methods.OWNED)}
         settings = self.recipe.model_dump(mode="json", exclude=skipped)
         facts = environment(self.device)
-        key = digest([CODE, facts["torch"], facts["transformers"], facts["device"], Path(source).name, settings])
+        adapter = [source_hash(one) for one in installed_adapters() if one.name == self.adapter.name]
+        key = digest(
+            [CODE, adapter, facts["torch"], facts["transformers"], facts["device"], Path(source).name, settings]
+        )
         return cache_folder() / "measured" / key
 
     def _evaluate(self, name: str, source: str) -> dict[str, Any]:

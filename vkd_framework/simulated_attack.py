@@ -50,7 +50,7 @@ class SimulatedAttacker:
     ) -> None:
         self._mllm, self._student, self._config, self._pairs = mllm, student, config, pairs
         self._seed, self._restart_every = seed, restart_every
-        self._end = 0
+        self._begin = self._end = 0
 
     def add_gradient(self, step: int, weight: float) -> float:
         """Make the attack's next step; returns the mean CE before it.
@@ -58,7 +58,7 @@ class SimulatedAttacker:
         `weight` times the gradient of `- mean min(CE, cap)` before that step is added to the student's, but not during
         the attack's first steps: near the student's own weights it is the forget terms that say how far to go.
         """
-        if step >= self._end or step % self._restart_every == 0:
+        if step >= self._end or step // self._restart_every != self._begin // self._restart_every:
             self._start(step)
         batch = self._mllm.tokenize(self.batches.batch(step - self._begin))
         attacked = {name: (p.detach() + self.difference[name]).requires_grad_() for name, p in self._target.items()}

@@ -89,8 +89,7 @@ def layers_of(term: FeatureTerm, recipe: Recipe) -> tuple[str, ...]:
 
 def kept_pairs(splits: Splits) -> list[ImageQuestionPair]:
     """Retain pairs with photos of nobody who is to be forgotten."""
-    forgotten = set(splits.forget_subjects)
-    return [pair for pair in splits.retain if pair.photos and pair.subject not in forgotten]
+    return [pair for pair in splits.retain if pair.photos and not splits.shows_forgotten(pair)]
 
 
 def watched(mllm: MLLM, layers: Sequence[str], pairs: Iterable[ImageQuestionPair], batch_size: int = BATCH) -> Memory:

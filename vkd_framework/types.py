@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -108,6 +109,15 @@ class Splits:
     fresh: tuple[ImageQuestionPair, ...] = ()
     strangers: tuple[Photo, ...] = ()
     rephrasings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def photos_of_forgotten(self) -> frozenset[str]:
+        """Keys of the photos that the questions about the forgotten people are about."""
+        return frozenset(key for pair in (*self.forget, *self.fresh) for key in pair.photo_keys)
+
+    def shows_forgotten(self, pair: ImageQuestionPair) -> bool:
+        """Whether a pair is about a forgotten person, or about a photo that shows one, whoever it asks about."""
+        return pair.subject in self.forget_subjects or not self.photos_of_forgotten.isdisjoint(pair.photo_keys)
 
 
 @dataclass(frozen=True, eq=False)

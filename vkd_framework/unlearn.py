@@ -115,8 +115,8 @@ def retain_batches(splits: Splits, config: UnlearnConfig, seed: int) -> Batches 
         return Batches(splits.retain, config.retain_batch, seed)
     kinds: dict[str, list[ImageQuestionPair]] = {"others": [], "strangers": [], "forgotten": []}
     for pair in splits.retain:
-        known = "forgotten" if pair.subject in splits.forget_subjects else "others"
-        kinds["strangers" if pair.subject is None else known].append(pair)
+        known = "strangers" if pair.subject is None else "others"
+        kinds["forgotten" if splits.shows_forgotten(pair) else known].append(pair)
     present: dict[str, float] = {kind: share for kind, share in config.retain_shares.items() if kinds[kind] and share}
     return MixedBatches({kind: kinds[kind] for kind in present}, shared_out(config.retain_batch, present), seed)
 

@@ -199,7 +199,7 @@ def method_note(metrics: Mapping[str, Any]) -> str:
     """Where the method comes from, and how far what ran here is the authors' own."""
     name = metrics.get("method")
     method = METHODS.get(name) if isinstance(name, str) else None
-    if method is None or str(name).startswith("vkd"):
+    if method is None or name == "vkd_paper":
         return VKD_NOTE
     return f"{name}: {method.summary}. Source: {method.source}. {method.differs}"
 

@@ -78,8 +78,8 @@ def over_forgotten_sentence(metrics: Mapping[str, Any]) -> str:
         f"a token; {against} is {significant(found.get('expected'))}."
     )
     if found.get("over_forgotten"):
-        return f"{text} It is over-forgotten: answering worse than that is a trace, and tells who was forgotten."
-    return f"{text} It is not over-forgotten."
+        return f"{text} That is measurably worse: a trace, which tells the better who was forgotten the larger it is."
+    return f"{text} It is not measurably worse."
 
 
 def _exact(result: Result) -> str:
