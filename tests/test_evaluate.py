@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import asked_about, picture
 
-from vkd_framework.answers import changed_text, degenerate, degenerate_shares, is_right, normalise
+from vkd_framework.answers import changed_text, degenerate, degenerate_shares, guessed, is_right, normalise
 from vkd_framework.evaluate import (
     answer_losses,
     evaluate,
@@ -214,3 +214,11 @@ def test_columns_evaluated_together_are_those_evaluated_alone(taught: MLLM, spli
 def test_the_score_of_an_attack_is_the_exact_match_of_the_evaluation(taught: MLLM, splits: Splits) -> None:
     pairs = splits.columns["retain_qa"][:5]
     assert exact_match(taught, pairs, CONFIG) == evaluate(taught, {"a": pairs}, CONFIG)["a"].cell.exact_match
+
+
+def test_guessing_counts_only_where_the_question_lists_its_options() -> None:
+    listed = ImageQuestionPair("1", "Which one?\nA: Oslo\nB: Rome", "A", options=("A", "B"))
+    open_question = ImageQuestionPair("2", "Where is this?", "Oslo", options=("Oslo", "Rome", "Bonn", "Kiel"))
+    assert guessed([listed]) == 0.5
+    assert guessed([open_question]) == 0
+    assert guessed([listed, open_question]) == 0.25

@@ -216,7 +216,7 @@ def test_retain_batches_without_any_photo_are_trained_through(student: MLLM, spl
 
 def test_photos_of_different_sizes_can_be_unlearnt_together(student: MLLM, splits: Splits, tmp_path: Path) -> None:
     pairs = tuple(asked_about(picture(*size)) for size in ((48, 48), (32, 16), (16, 64), (20, 20)))
-    sized = Splits(pairs, pairs, splits.columns, ("nobody",), ("nobody",))
+    sized = Splits(pairs[:2], pairs[2:], splits.columns, ("nobody",), ("nobody",))
     history = unlearned(student, sized, make_recipe(), tmp_path)
     assert history[-1]["attract"] > 0
 

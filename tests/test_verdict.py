@@ -200,3 +200,10 @@ def test_what_was_not_measured_decides_nothing() -> None:
     assert verdict({"models": {"vanilla": {"test_vqa": cell(0.9)}, "unlearned": {"test_vqa": cell(0.9)}}}).kind == (
         "not_forgotten"
     )
+
+
+@pytest.mark.parametrize(("exact", "kind"), [(0.31, "forgotten"), (0.33, "not_forgotten")])
+def test_where_options_are_listed_guessing_them_is_no_knowledge(exact: float, kind: str) -> None:
+    metrics = unlearned(exact)
+    assert verdict(metrics).kind == "not_forgotten"
+    assert verdict(metrics | {"guessed": {"test_vqa": 0.25}}).kind == kind

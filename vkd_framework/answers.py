@@ -33,6 +33,12 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).strip(".,;:!?\"' ")
 
 
+def guessed(pairs: Sequence[ImageQuestionPair]) -> float:
+    """The share of right answers that guessing gives: 1 / options where the question lists them, else 0."""
+    listed = (len(pair.options) for pair in pairs if pair.options and all(o in pair.question for o in pair.options))
+    return sum(1 / options for options in listed) / len(pairs)
+
+
 def degenerate(given: str) -> bool:
     """Whether an answer says nothing: it is empty, or says the same over and over (four times in a row)."""
     answer = normalise(given)

@@ -39,6 +39,8 @@ class RetainFloor:
         shown = [pair for pair in retain if pair.photos] if self.checks else []
         self._pairs = random.Random(seed).sample(shown, min(config.floor_pairs, len(shown)))
         self._least = (config.retain_floor or 0.0) * exact_match(mllm, self._pairs, evaluation) if self._pairs else 0.0
+        if config.retain_floor is not None and not self._least:
+            say("unlearn: the retain floor holds nothing: no check, no retain photo, or no right answer to begin with")
         self._held = True
 
     def holds(self, step: int) -> bool:

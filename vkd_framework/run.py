@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 import vkd_framework
 from vkd_framework import attacks, data, external, methods, proofs, pruning, relearn, report, saliency
-from vkd_framework.answers import changed_text, degenerate_shares
+from vkd_framework.answers import changed_text, degenerate_shares, guessed
 from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
@@ -433,10 +433,11 @@ class Run:
         return metrics
 
     def _guards(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """What else tells that the model was damaged, and how long the retain floor kept it from forgetting."""
+        """What guessing gives, what else tells of damage, and how long the retain floor kept it from forgetting."""
         # whom a model taught anew never read about, it cannot answer about
         unread = self.splits.forget_subjects if self.recipe.procedure == "reteach" else ()
         found: dict[str, Any] = {
+            "guessed": {column: guessed(pairs) for column, pairs in self.splits.columns.items() if pairs},
             "degenerate": degenerate_shares(self.splits.columns, columns["vanilla"], columns["unlearned"]),
             "text_only": changed_text(self.splits.columns, columns["vanilla"], columns["unlearned"], without=unread),
         }

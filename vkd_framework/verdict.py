@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from vkd_framework.intervals import wilson
 from vkd_framework.report.findings import proof_rows
 from vkd_framework.report.formatting import NBSP, is_number, percent, points, significant
 from vkd_framework.report.table import cell_of
@@ -68,7 +69,7 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
 
 
 def _not_forgotten(metrics: Mapping[str, Any]) -> str:
-    limit = max(STILL_ANSWERED, _upper_end(cell_of(metrics, "retain_only", "test_vqa")))
+    limit = max(STILL_ANSWERED, _guessed(metrics), _upper_end(cell_of(metrics, "retain_only", "test_vqa")))
     before, after = (cell_of(metrics, model, "test_vqa").get("exact_match") for model in ("vanilla", "unlearned"))
     if is_number(after) and after > limit + ROUNDING:
         return f"Not forgotten: {_answers(metrics)}; up to {percent(limit)} would count as forgotten."
@@ -78,6 +79,13 @@ def _not_forgotten(metrics: Mapping[str, Any]) -> str:
             "answers about the forgotten people on unseen photos."
         )
     return ""
+
+
+def _guessed(metrics: Mapping[str, Any]) -> float:
+    """What guessing gives on Test VQA where the questions list their options, at the upper end of its interval."""
+    share = (metrics.get("guessed") or {}).get("test_vqa")
+    n = cell_of(metrics, "unlearned", "test_vqa").get("n")
+    return wilson(share * n, n)[1] if is_number(share) and share and isinstance(n, int) and n else 0.0
 
 
 def _hidden(metrics: Mapping[str, Any]) -> str:
