@@ -16,6 +16,8 @@ from vkd_framework.plugins import MLLM
 from vkd_framework.report import relearn_table
 from vkd_framework.types import Splits
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "name": "small",
     "adapter": "qwen_vl",

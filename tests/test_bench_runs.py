@@ -31,6 +31,8 @@ from vkd_framework.recipe import load_recipe
 from vkd_framework.run import Run
 from vkd_framework.types import Splits
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "name": "small",
     "adapter": "qwen_vl",

@@ -16,6 +16,8 @@ from vkd_framework.run import run
 from vkd_framework.saliency import load_mask
 from vkd_framework.types import PARTS
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "name": "small",
     "adapter": "qwen_vl",

@@ -73,6 +73,7 @@ def assert_well_formed(folder: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["vipllava"], indirect=True)
 def test_the_packages_own_tests_pass_once_it_is_installed(written: Written, tmp_path: Path) -> None:
     build = [
