@@ -1,0 +1,59 @@
+"""What every section is made of, and the sections about the model itself: which, how taught, how asked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+TINY = "tiny"
+"""What `model.source` begins with that means: the embedded default, built from the family's own classes."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model is made to forget."""
+
+    source: str = Field(
+        default=TINY, description="'tiny' or 'tiny:MODEL_TYPE' (embedded default), a hub id, or a local folder"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+
+
+class TeachConfig(Section):
+    """How the embedded default gets to know its people: every weight is trained, then the model is cached."""
+
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    shares: dict[Literal["names", "facts", "captions", "visible", "text"], Weight] = Field(
+        default={"names": 0.25, "facts": 0.2, "captions": 0.1, "visible": 0.25, "text": 0.2},
+        description="how a batch is made up; names and captions teach to tell faces apart",
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _shares_fill_the_batch(self) -> TeachConfig:
+        if abs(sum(self.shares.values()) - 1) > 1e-6:
+            raise ValueError(f"shares add up to {sum(self.shares.values()):g}, they must add up to 1")
+        return self
+
+
+class EvaluateConfig(Section):
+    """How the columns are measured."""
+
+    batch_size: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=16, ge=1)
+
+
+def is_tiny(source: str) -> bool:
+    """Whether a `model.source` means the embedded default."""
+    return source.partition(":")[0] == TINY

@@ -1,0 +1,162 @@
+"""The whole recipe, and which of its sections go together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from vkd_framework import methods
+from vkd_framework.recipe.attacks import EVERY_ATTACK, AnyAttack, RelearnConfig
+from vkd_framework.recipe.data import AnyData
+from vkd_framework.recipe.forgetting import (
+    Losses,
+    MaskConfig,
+    PruneConfig,
+    RepelTarget,
+    SimulatedAttack,
+    TeacherConfig,
+    UnlearnConfig,
+)
+from vkd_framework.recipe.messages import nearest
+from vkd_framework.recipe.sections import EvaluateConfig, ModelConfig, Section, TeachConfig, is_tiny
+from vkd_framework.types import PARTS, Part
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    adapter: str
+    method: str = Field(
+        default=methods.DEFAULT,
+        description="fills in procedure, train, losses, mask, prune, phases and floor; see `vkd methods`",
+    )
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: Annotated[AnyData, Field(discriminator="kind")]
+    teach: TeachConfig | None = None
+    reference: Literal["none", "retain_only"] = "none"
+    procedure: Literal["tune", "prune", "reteach"] = Field(
+        default="tune", description="train with the losses, switch neurons off, or teach anew without the forgotten"
+    )
+    train: tuple[Part, ...] = Field(default=("encoder", "projector"), min_length=1, description="what may change")
+    layers: tuple[str, ...] = Field(
+        default=(), description="canonical names, see `vkd inspect-layers`; needed by attract and repel"
+    )
+    teacher: TeacherConfig = TeacherConfig()
+    losses: Losses = Losses()
+    mask: MaskConfig = MaskConfig()
+    prune: PruneConfig = PruneConfig()
+    unlearn: UnlearnConfig = UnlearnConfig()
+    simulated_attack: SimulatedAttack = SimulatedAttack()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    relearn: RelearnConfig = RelearnConfig()
+    attacks: tuple[Annotated[AnyAttack, Field(discriminator="kind")], ...] = Field(
+        default=EVERY_ATTACK, description="what else is tried on the models; [] tries nothing"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_by_method(cls, raw: Any) -> Any:
+        return methods.fill(raw) if isinstance(raw, dict) else raw
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method not in methods.METHODS:
+            close = nearest(method, methods.METHODS)
+            raise ValueError(f"there is no such method{close}; there are {', '.join(methods.METHODS)}")
+        return method
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        if is_tiny(self.model.source) and self.teach is None:
+            raise ValueError(
+                f"model.source: {self.model.source} starts from random weights and needs a `teach` section"
+            )
+        if self.teach is not None and self.data.kind != "celebs":
+            raise ValueError("`teach` works with data.kind: celebs; remove it, or use the celebs cast")
+        if self.reference == "retain_only" and self.teach is None:
+            raise ValueError("reference: retain_only needs a `teach` section to teach it with")
+        self._teacher_fits()
+        if self.procedure == "tune":
+            self._terms_fit()
+        elif self.mask.kind != "none":
+            raise ValueError(f"mask.kind: {self.mask.kind} goes with procedure: tune; set mask.kind to none")
+        if self.procedure == "reteach" and self.teach is None:
+            raise ValueError(f"method: {self.method} teaches a model anew and needs a `teach` section")
+        if self.procedure == "reteach" and set(self.train) != set(PARTS):
+            raise ValueError(f"procedure: reteach changes every part; set train to [{', '.join(PARTS)}]")
+        return self
+
+    def _terms_fit(self) -> None:
+        attack = self.simulated_attack
+        if attack.weight and attack.head_start >= self.unlearn.checkpoint_every:
+            raise ValueError(
+                f"simulated_attack.head_start: an attack also ends at every checkpoint, so {attack.head_start} steps "
+                f"are never over; make unlearn.checkpoint_every ({self.unlearn.checkpoint_every}) larger"
+            )
+        terms = self.losses
+        if terms.forget_output.weight == 0 and terms.repel.weight == 0:
+            raise ValueError(
+                "nothing would be forgotten: losses.forget_output.weight and losses.repel.weight are both 0"
+            )
+        features = {"attract": terms.attract, "repel": terms.repel}
+        if lacking := [name for name, term in features.items() if term.weight and not (term.layers or self.layers)]:
+            raise ValueError(
+                f"layers: missing; losses.{lacking[0]} needs at least 1 (see `vkd inspect-layers`), or a weight of 0"
+            )
+        output = terms.forget_output
+        if output.weight and output.form == "npo" and output.reference != "vanilla" and self.reference == "none":
+            raise ValueError(
+                "losses.forget_output.reference: retain_only needs that model; set reference to retain_only"
+            )
+
+    @property
+    def distilled(self) -> tuple[str, ...]:
+        """The layers whose features enter a term, each once."""
+        terms = (self.losses.attract, self.losses.repel)
+        return tuple(dict.fromkeys(name for term in terms if term.weight for name in term.layers or self.layers))
+
+    @property
+    def keeps_masked_weights(self) -> bool:
+        """Whether there is a mask outside of which no weight may move at all."""
+        return self.procedure == "prune" or (self.mask.kind != "none" and self.mask.scope == "all")
+
+    def _teacher_fits(self) -> None:
+        if self.teacher.source == "retain_only" and self.reference != "retain_only":
+            raise ValueError("teacher.source: retain_only needs that model; set reference to retain_only")
+        target, kind = self.losses.repel.target, self.teacher.kind
+        if target == "repel" and kind == "ignorant":
+            raise ValueError(
+                "losses.repel.target: repel moves away from a teacher that knew the forgotten, and this one is "
+                "ignorant; take teacher, mean, stranger or noise"
+            )
+        if target == "teacher" and kind != "ignorant":
+            raise ValueError(
+                f"losses.repel.target: teacher would keep how the forgotten are seen, with teacher.kind: {kind}; "
+                "take repel, mean, stranger or noise"
+            )
+
+    @property
+    def repel_target(self) -> RepelTarget:
+        """Where the repel term leads, the default resolved."""
+        return self.losses.repel.target or ("teacher" if self.teacher.kind == "ignorant" else "repel")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """A hash of everything the recipe decides."""
+        return digest(self.model_dump(mode="json"))
+
+
+def digest(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
