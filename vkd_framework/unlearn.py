@@ -48,35 +48,69 @@ def unlearn(
     `teacher.kind: ignorant`. Raises DivergedError when a loss or its gradient is not finite, before the weights take it
     in.
     """
-    config = recipe.unlearn
-    parameters = trainable(mllm, recipe.train)
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if mask else {}
-    objective = Objective(mllm, recipe, splits, reference=reference, ignorant=ignorant)
-    learned = {**parameters, **objective.learned}
-    forget = Batches(splits.forget, config.forget_batch, recipe.seed)
-    retain = retain_batches(splits, config, recipe.seed + 1)
-    attacker = SimulatedAttacker(
-        mllm,
-        parameters,
-        recipe.simulated_attack,
-        splits.forget,
-        seed=recipe.seed + 2,
-        restart_every=config.checkpoint_every,
-    )
-    floor = RetainFloor(mllm, config, recipe.evaluate, splits.retain, seed=recipe.seed)
-    optimizer = torch.optim.AdamW(learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    done, history = load_training(resume, learned, optimizer)
+    config, stepper = recipe.unlearn, Stepper(mllm, recipe, splits, mask, reference=reference, ignorant=ignorant)
+    done, history = load_training(resume, stepper.learned, stepper.optimizer)
     progress = Progress(range(done, config.steps), "unlearn")
     for step in progress:
         if step > done and step % config.checkpoint_every == 0:
-            save_training(resume, step, learned, optimizer, history)
+            save_training(resume, step, stepper.learned, stepper.optimizer, history)
             record(history)
+        entry, terms = stepper.step(step)
+        history.append({key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()})
+        progress.note = ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
+    mllm.model.requires_grad_(False)
+    record(history)
+    return history
+
+
+class Stepper:
+    """Everything that one step needs, made before anything is trained; the arguments are those of `unlearn`.
+
+    `learned`: name -> what a step changes, the losses' own parameters included.
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        recipe: Recipe,
+        splits: Splits,
+        mask: Mask | None,
+        *,
+        reference: Callable[[], MLLM] | None = None,
+        ignorant: Callable[[], MLLM] | None = None,
+    ) -> None:
+        config = recipe.unlearn
+        self._recipe, self._mask = recipe, mask
+        self._parameters = trainable(mllm, recipe.train)
+        restored = self._parameters if mask and recipe.mask.scope == "all" else {}
+        self._start = {name: parameter.detach().clone() for name, parameter in restored.items()}
+        self._objective = Objective(mllm, recipe, splits, reference=reference, ignorant=ignorant)
+        self.learned = {**self._parameters, **self._objective.learned}
+        self._forget = Batches(splits.forget, config.forget_batch, recipe.seed)
+        self._retain = retain_batches(splits, config, recipe.seed + 1)
+        self._attacker = SimulatedAttacker(
+            mllm,
+            self._parameters,
+            recipe.simulated_attack,
+            splits.forget,
+            seed=recipe.seed + 2,
+            restart_every=config.checkpoint_every,
+        )
+        self._floor = RetainFloor(mllm, config, recipe.evaluate, splits.retain, seed=recipe.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    def step(self, step: int) -> tuple[dict[str, Any], dict[str, float]]:
+        """Make one step; returns its entry in the history, and of that the loss terms before weighting."""
+        recipe, mask, parameters, objective = self._recipe, self._mask, self._parameters, self._objective
+        config = recipe.unlearn
         rate = config.learning_rate * rate_factor(step, config)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        phase, held = phase_at(step, config), floor.holds(step)
-        optimizer.zero_grad(set_to_none=True)
-        forget_loss, forget_terms = objective.forget(forget.batch(step))
+        phase, held = phase_at(step, config), self._floor.holds(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        forget_loss, forget_terms = objective.forget(self._forget.batch(step))
         if not forget_loss.requires_grad:
             raise RecipeError(
                 f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
@@ -85,28 +119,24 @@ def unlearn(
         strength = config.phases[phase].forget if held else 0.0
         torch.autograd.backward(strength * forget_loss)
         if attacked := strength * recipe.simulated_attack.weight:
-            forget_terms["attacked"] = attacker.add_gradient(step, attacked)
+            forget_terms["attacked"] = self._attacker.add_gradient(step, attacked)
         if mask and recipe.mask.scope == "forget":
             mask_gradients(parameters, mask)
-        retain_loss, retain_terms = objective.retain(retain.batch(step))
+        retain_loss, retain_terms = objective.retain(self._retain.batch(step))
         if retain_loss.requires_grad:
             torch.autograd.backward(retain_loss)
         if mask and recipe.mask.scope == "all":
             mask_gradients(parameters, mask)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-        check_finite(step, {**forget_terms, **retain_terms, "the gradient": float(norm)})
-        optimizer.step()
+        terms = {**forget_terms, **retain_terms}
+        check_finite(step, {**terms, "the gradient": float(norm)})
+        self.optimizer.step()
         if mask and recipe.mask.scope == "all":
-            restore_masked(parameters, mask, start)
-        entry: dict[str, Any] = {"step": step, "phase": phase, "lr": rate, "gradient_norm": float(norm)}
-        entry |= {**forget_terms, **retain_terms}
+            restore_masked(parameters, mask, self._start)
+        entry: dict[str, Any] = {"step": step, "phase": phase, "lr": rate, "gradient_norm": float(norm), **terms}
         if not held:
             entry["guard"] = REPAIR
-        history.append({key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()})
-        progress.note = ", ".join(f"{name} {value:.2f}" for name, value in {**forget_terms, **retain_terms}.items())
-    mllm.model.requires_grad_(False)
-    record(history)
-    return history
+        return entry, terms
 
 
 def retain_batches(splits: Splits, config: UnlearnConfig, seed: int) -> Batches | MixedBatches:
