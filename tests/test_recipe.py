@@ -172,6 +172,32 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"unlearn": {"checkpoint_every": 3}},
         ("simulated_attack.head_start", "3 steps are never over", "unlearn.checkpoint_every"),
     ),
+    "values for a method that there is not": (
+        {"for_methods": {"gaa": {"unlearn": {"steps": 3}}}},
+        ("for_methods.gaa: there is no such method", "did you mean 'ga'?"),
+    ),
+    "unknown key for a method that is not run": (
+        {"for_methods": {"ga": {"unlearn": {"step": 3}}}},
+        ("for_methods.ga.unlearn.step: unknown key", "did you mean 'steps'?"),
+    ),
+    "unknown section for a method that is run": (
+        {"for_methods": {"vkd": {"unlern": {"steps": 3}}}},
+        ("for_methods.vkd.unlern: unknown key", "did you mean 'unlearn'?"),
+    ),
+    "a value that a method cannot have": (
+        {"for_methods": {"npo": {"losses": {"forget_output": {"beta": -1}}}}},
+        ("for_methods.npo.losses.forget_output.beta", "greater than 0", "-1"),
+    ),
+    "a mask that a method cannot have": (
+        {"for_methods": {"salun": {"mask": {"threshold": 1}}}},
+        ("for_methods.salun.mask", "exactly one of density and threshold"),
+    ),
+    "other data for one method": (
+        {"for_methods": {"ga": {"data": {"people": 9}}}},
+        ("for_methods.ga.data: the same for all methods", "simulated_attack"),
+    ),
+    "methods without names": ({"for_methods": ["ga"]}, ("for_methods: write names of methods",)),
+    "nothing for a method": ({"for_methods": {"ga": None}}, ("for_methods.ga: write recipe values", "None")),
     "a number as a section": ({"mask": 3}, ("mask", "3")),
     "a true seed": ({"seed": 1.5}, ("seed", "1.5")),
 }
@@ -374,6 +400,68 @@ def test_setting_another_method_takes_back_what_the_recipe_said_for_its_own(tmp_
     assert recipe.data == Recipe.model_validate(MINIMAL).data
 
 
+OWN = {
+    "vkd": {"unlearn": {"learning_rate": 2e-4}},
+    "ga": {"unlearn": {"steps": 60, "learning_rate": 1e-4}, "train": ["projector"]},
+    "salun": {"mask": {"density": 0.25}},
+}
+"""What a bench would give each baseline."""
+
+
+def test_each_method_runs_with_its_own_values(tmp_path: Path) -> None:
+    path = written(tmp_path, unlearn={"steps": 9, "warmup": 3}, mask={"kind": "none"}, for_methods=OWN)
+    ours, ga, salun, npo = (load_recipe(str(path), [f"method={name}"]) for name in ("vkd", "ga", "salun", "npo"))
+    assert (ours.unlearn.steps, ours.unlearn.learning_rate) == (9, 2e-4)
+    assert (ga.unlearn.steps, ga.unlearn.learning_rate, ga.unlearn.warmup) == (60, 1e-4, 3)
+    assert ga.train == ("projector",) and npo.train != ("projector",)
+    assert (salun.mask.kind, salun.mask.density, salun.unlearn.steps) == ("salun", 0.25, 9)
+    assert (npo.unlearn.steps, npo.unlearn.learning_rate) == (9, Recipe.model_validate(MINIMAL).unlearn.learning_rate)
+
+
+@pytest.mark.parametrize("overrides", [("unlearn.steps=5", "method=ga"), ("method=ga", "unlearn.steps=5")])
+def test_what_is_set_by_hand_wins_over_a_methods_own_values(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    recipe = load_recipe(str(written(tmp_path, for_methods=OWN)), overrides)
+    assert (recipe.unlearn.steps, recipe.unlearn.learning_rate) == (5, 1e-4)
+
+
+def test_a_methods_own_values_can_be_set_by_hand_too(tmp_path: Path) -> None:
+    path = written(tmp_path, for_methods=OWN)
+    recipe = load_recipe(str(path), ["for_methods.npo.unlearn.steps=7", "method=npo"])
+    assert recipe.unlearn.steps == 7
+    assert "did you mean 'steps'" in refusal(path, "for_methods.npo.unlearn.step=7")
+
+
+def test_a_resolved_recipe_holds_the_outcome_only(tmp_path: Path) -> None:
+    recipe = load_recipe(str(written(tmp_path, method="ga", for_methods=OWN)))
+    assert "for_methods" not in recipe.to_yaml()
+    again = Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe and again.digest() == recipe.digest()
+    alone = load_recipe(str(written(tmp_path, method="ga", for_methods={"ga": OWN["ga"]})))
+    assert alone.digest() == recipe.digest()
+    by_hand = load_recipe(str(written(tmp_path, method="ga", **OWN["ga"])))
+    assert by_hand.digest() == recipe.digest()
+
+
+def test_a_recipe_may_have_values_for_a_method_that_it_cannot_run(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, teach=None, model={"source": "a/b"}, for_methods={"retain_only": {"unlearn": {"steps": 1}}}
+    )
+    assert load_recipe(str(path)).method == "vkd"
+
+
+def test_a_recipe_made_in_code_has_its_entries_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"for_methods\.ga\.unlearn\.step: unknown key; did you mean 'steps'"):
+        Recipe.model_validate(MINIMAL | {"for_methods": {"ga": {"unlearn": {"step": 3}}}})
+    assert Recipe.model_validate(MINIMAL | {"method": "ga", "for_methods": OWN}).unlearn.steps == 60
+
+
+def test_what_is_set_for_a_method_goes_with_it_when_another_is_set(tmp_path: Path) -> None:
+    overrides = ["unlearn={steps: 5, phases: [{share: 1.0}]}", "mask.kind=random", "seed=3", "method=npo"]
+    recipe = load_recipe(str(written(tmp_path)), overrides)
+    assert (recipe.unlearn.steps, recipe.seed, recipe.mask.kind) == (5, 3, "none")
+    assert recipe.unlearn.phases == load_recipe(str(written(tmp_path)), ["method=npo"]).unlearn.phases
+
+
 def test_an_unknown_method_is_named_with_the_nearest_and_the_others() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'vkd_paper'\?; there are vkd, vkd_paper"):
         Recipe.model_validate(MINIMAL | {"method": "vkd_papr"})
@@ -390,4 +478,7 @@ def test_where_the_forgotten_are_moved_follows_from_the_teacher(teacher: dict[st
 
 def test_a_teachers_folder_is_looked_for_beside_the_recipe(tmp_path: Path) -> None:
     path = written(tmp_path, teacher={"kind": "ignorant", "source": "./never-knew"})
+    assert load_recipe(str(path)).teacher.source == str(tmp_path.resolve() / "never-knew")
+    entry = {"teacher": {"kind": "ignorant", "source": "./never-knew"}}
+    path = written(tmp_path, method="vkd", for_methods={"vkd": entry})
     assert load_recipe(str(path)).teacher.source == str(tmp_path.resolve() / "never-knew")

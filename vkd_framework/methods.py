@@ -189,16 +189,27 @@ METHODS: dict[str, Method] = {
 
 
 def fill(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` over the values of its method; unchanged when there is no such method.
+    """`raw` over the values of its method, and over both what its `for_methods` says for that method.
 
     A section is filled key by key, except that one which names its `kind` is kept whole, as lists and plain values are.
+    What `for_methods` says for other methods is left out. Without such a method, `raw` comes back unchanged.
     """
     method = raw.get("method", DEFAULT)
-    return _merge(METHODS[method].values, raw) if isinstance(method, str) and method in METHODS else dict(raw)
+    if not isinstance(method, str) or method not in METHODS:
+        return dict(raw)
+    written = {key: value for key, value in raw.items() if key != "for_methods"}
+    own = (raw.get("for_methods") or {}).get(method, {})
+    return _merge(_merge(METHODS[method].values, written), own)
 
 
 def switch(raw: dict[str, Any], method: str) -> None:
     """Make `raw` a recipe of another method: what the old one owned is taken out."""
+    take_out(raw)
+    raw["method"] = method
+
+
+def take_out(raw: Mapping[str, Any]) -> None:
+    """Remove from `raw` what belongs to a method."""
     for key in OWNED:
         *parents, last = key.split(".")
         place: Any = raw
@@ -206,7 +217,6 @@ def switch(raw: dict[str, Any], method: str) -> None:
             place = place.get(name) if isinstance(place, dict) else None
         if isinstance(place, dict):
             place.pop(last, None)
-    raw["method"] = method
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from vkd_framework import methods
 from vkd_framework.errors import RecipeError
-from vkd_framework.recipe.messages import nearest, one_line
+from vkd_framework.recipe.for_methods import wrong_entry
+from vkd_framework.recipe.messages import SCHEMA, nearest, one_line
+from vkd_framework.recipe.overrides import overridden, parsed
 from vkd_framework.recipe.whole import Recipe
 
 
@@ -49,9 +50,13 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
     _anchor_paths(raw, path.resolve().parent)
-    raw = methods.fill(raw)
-    for override in overrides:
-        _apply_override(raw, override)
+    given = [parsed(override) for override in overrides]
+    for override in given:
+        if override.path[0] == "for_methods":
+            override.apply(raw)
+    if problem := wrong_entry(raw, Recipe):
+        raise RecipeError(f"{path}: {problem}; {SCHEMA}")
+    raw = overridden(raw, [override for override in given if override.path[0] != "for_methods"])
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -60,47 +65,14 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     """Relative paths written in a recipe are relative to the recipe; those given by --set, to the working folder."""
-    data, model, teacher = raw.get("data"), raw.get("model"), raw.get("teacher")
+    data = raw.get("data")
     if isinstance(data, dict):
         for key in ("rows", "images", "forget"):
             if isinstance(data.get(key), str):
                 data[key] = str(folder / data[key])
-    for section in (data, model, teacher):
+    entries = raw.get("for_methods")
+    entries = list(entries.values()) if isinstance(entries, dict) else []
+    theirs = [entry.get("teacher") for entry in entries if isinstance(entry, dict)]
+    for section in (data, raw.get("model"), raw.get("teacher"), *theirs):
         if isinstance(section, dict) and str(section.get("source", "")).startswith(("./", "../")):
             section["source"] = str((folder / section["source"]).resolve())
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"--set {override}: write it as key=value, for example --set losses.repel.weight=0")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(
-            f"--set {override}: the value is not valid YAML; quote it, or write a list as [a, b]"
-        ) from None
-    *parents, last = key.strip().split(".")
-    place: Any = raw
-    for name in parents:
-        place = place.setdefault(name, {}) if isinstance(place, dict) else _item(place, name, override)
-        if place is None:
-            raise RecipeError(f"--set {override}: {name!r} is switched off in the recipe; set the whole of it instead")
-    if place is raw and last == "method" and value != raw.get("method", methods.DEFAULT):
-        methods.switch(raw, value)
-        raw.update(methods.fill(raw))
-    elif isinstance(place, dict):
-        place[last] = value
-    elif isinstance(place, list):
-        _item(place, last, override)
-        place[int(last)] = value
-    else:
-        raise RecipeError(f"--set {override}: {'.'.join(parents)!r} is a plain value and has no {last!r}")
-
-
-def _item(place: Any, name: str, override: str) -> Any:
-    if not isinstance(place, list):
-        raise RecipeError(f"--set {override}: there is nothing below a plain value to set {name!r} in")
-    if not name.isdigit() or int(name) >= len(place):
-        raise RecipeError(f"--set {override}: {name!r} is not an index of a list of {len(place)}")
-    return place[int(name)]

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from vkd_framework.recipe.attacks import ATTACK_KINDS
 from vkd_framework.recipe.data import DATA_KINDS, CelebsData
+
+SCHEMA = "`vkd recipes schema` lists every key"
 
 
 def nearest(given: str, allowed: Mapping[str, Any] | Sequence[str]) -> str:
@@ -21,28 +24,26 @@ def nearest(given: str, allowed: Mapping[str, Any] | Sequence[str]) -> str:
 def one_line(error: ValidationError, raw: Mapping[str, Any], whole: type[BaseModel]) -> str:
     """The first problem in words, with the number of further ones; `whole` is the class that `raw` did not fit."""
     problems = error.errors(include_url=False)
-    first = problems[0]
-    kinds = ATTACK_KINDS if first["loc"][:1] == ("attacks",) else DATA_KINDS
-    location = [str(part) for part in first["loc"] if part not in kinds]
-    place = ".".join(location) or "recipe"
-    if first["type"] == "extra_forbidden":
-        message = f"{place}: unknown key{nearest(location[-1], _allowed_keys(location[:-1], raw, whole))}"
-    elif first["type"] == "missing":
-        message = f"{place}: missing, but required"
-    elif first["type"] == "union_tag_not_found":
-        *others, last = map(repr, kinds)
-        message = f"{place}: kind is missing; it is {', '.join(others)} or {last}"
-    else:
-        given = first.get("input")
-        shown = (
-            f" (given: {given!r})"
-            if isinstance(given, str | int | float | bool | list | tuple) or given is None
-            else ""
-        )
-        text = first["msg"].removeprefix("Value error, ")
-        message = f"{place}: {text[0].lower()}{text[1:]}{shown}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{message}{more}; `vkd recipes schema` lists every key"
+    return f"{described(problems[0], raw, whole)}{more}; {SCHEMA}"
+
+
+def described(problem: ErrorDetails, raw: Mapping[str, Any], whole: type[BaseModel]) -> str:
+    """Where a problem is, what it is and what was given."""
+    kinds = ATTACK_KINDS if problem["loc"][:1] == ("attacks",) else DATA_KINDS
+    location = [str(part) for part in problem["loc"] if part not in kinds]
+    place = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key{nearest(location[-1], _allowed_keys(location[:-1], raw, whole))}"
+    if problem["type"] == "missing":
+        return f"{place}: missing, but required"
+    if problem["type"] == "union_tag_not_found":
+        *others, last = map(repr, kinds)
+        return f"{place}: kind is missing; it is {', '.join(others)} or {last}"
+    given = problem.get("input")
+    plain = isinstance(given, str | int | float | bool | list | tuple) or given is None
+    text = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {text[0].lower()}{text[1:]}{f' (given: {given!r})' if plain else ''}"
 
 
 def _allowed_keys(location: Sequence[str], raw: Mapping[str, Any], section: type[BaseModel]) -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from vkd_framework import methods
 from vkd_framework.recipe.attacks import EVERY_ATTACK, AnyAttack, RelearnConfig
 from vkd_framework.recipe.data import AnyData
+from vkd_framework.recipe.for_methods import wrong_entry
 from vkd_framework.recipe.forgetting import (
     Losses,
     MaskConfig,
@@ -35,6 +36,11 @@ class Recipe(Section):
     method: str = Field(
         default=methods.DEFAULT,
         description="fills in procedure, train, losses, mask, prune, phases and floor; see `vkd methods`",
+    )
+    for_methods: dict[str, dict[str, Any]] = Field(
+        default={},
+        exclude=True,
+        description="method -> recipe values that hold when this method is run; a resolved recipe has none left",
     )
     seed: int = Field(default=0, ge=0)
     model: ModelConfig = ModelConfig()
@@ -63,7 +69,11 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _filled_by_method(cls, raw: Any) -> Any:
-        return methods.fill(raw) if isinstance(raw, dict) else raw
+        if not isinstance(raw, dict):
+            return raw
+        if problem := wrong_entry(raw, cls):
+            raise ValueError(problem)
+        return methods.fill(raw)
 
     @field_validator("method")
     @classmethod
