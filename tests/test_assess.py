@@ -73,6 +73,7 @@ def test_a_checkpoint_that_no_run_made_is_measured_as_in_a_run(
     kinds = [result["kind"] for result in found["attacks"] if result["model"] == "unlearned"]
     assert kinds == ["module_restore", "membership", "quantize"]
     assert found["over_forgotten"]["against"] == "retain_only"
+    assert found["verdict"]["kind"] and "`vkd relearn` tries it" in found["verdict"]["reasons"][-1]
     kept = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert kept == {"model": stranger, **found}
     assert (tmp_path / "out" / "recipe.yaml").exists()
@@ -86,6 +87,7 @@ def test_alone_no_other_model_is_taught_or_measured(
     assert done.exit_code == 0, done.stderr
     assert "Test VQA" in done.stdout and "Weights rounded to 4 bits" in done.stdout
     assert "Vanilla" not in done.stdout and "Retain-only" not in done.stdout
+    assert "orgotten:" not in done.stdout  # the verdict has nothing to go by
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert not (tmp_path / "cache").exists()
 
@@ -98,12 +100,21 @@ def test_alone_an_attack_has_nothing_to_be_compared_with(recipe: str, stranger: 
     assert "Advantage over retain-only: no reference" in relearn_table(curves)
 
 
+def test_what_was_measured_ends_with_what_it_says(recipe: str, stranger: str) -> None:
+    done = vkd("evaluate", stranger, "--recipe", recipe)
+    assert "\n\nNot forgotten: " in done.stdout
+    done = vkd("relearn", stranger, "--recipe", recipe)
+    assert "idden" in done.stdout.split("\n\n")[-1]
+
+
 def test_a_checkpoint_is_attacked_as_in_a_run_and_the_reference_with_it(recipe: str, stranger: str) -> None:
     found = told("relearn", stranger, "--recipe", recipe)
     assert {(curve["model"], curve["pool"]) for curve in found["curves"]} == {
         (model, pool) for model in ("unlearned", "retain_only") for pool in ("known", "new", "others")
     }
     assert isinstance(found["average_gap"], float) and isinstance(found["advantage_over_retain_only"], float)
+    low, high = found["advantage_interval_95"]
+    assert low <= found["advantage_over_retain_only"] <= high
     lines = relearn_table(found).splitlines()
     assert "visual, the forget set, 100 %" in lines[1] and "Unlearned" in lines[1]
     assert "Retain-only" in lines[2] and "Advantage" in lines[3]

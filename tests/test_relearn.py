@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from vkd_framework.types import AttackCurve, Pool, Splits
 SHORT = EvaluateConfig(batch_size=8, max_new_tokens=4)
 
 
-def attacked(mllm: MLLM, splits: Splits, scope: str, **settings: Any) -> list[float]:
+def attacked(mllm: MLLM, splits: Splits, scope: str, **settings: Any) -> list[list[bool]]:
     config = RelearnConfig.model_validate({"steps": [1, 2], "batch_size": 4, "learning_rate": 1e-2, **settings})
     known, test = splits.forget[:4], splits.columns["test_vqa"][:4]
     return relearn(mllm, scope, known, test, config, SHORT, seed=0, what="attack")
@@ -27,8 +28,8 @@ def attacked(mllm: MLLM, splits: Splits, scope: str, **settings: Any) -> list[fl
 def test_an_attack_leaves_the_attacked_model_as_it_was(student: MLLM, splits: Splits, scope: str) -> None:
     before = weights(student)
     buffers = {name: buffer.clone() for name, buffer in student.model.named_buffers()}
-    scores = attacked(student, splits, scope)
-    assert len(scores) == 2
+    right = attacked(student, splits, scope)
+    assert [len(answers) for answers in right] == [4, 4]
     assert not changed(before, weights(student))
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in student.model.named_buffers())
     assert not any(p.requires_grad or p.grad is not None for p in student.model.parameters())
@@ -66,8 +67,8 @@ def test_an_attack_with_enough_steps_learns_what_it_was_given(taught: MLLM, spli
     known = splits.forget[1:3]
     config = RelearnConfig(steps=(1, 30), batch_size=2, learning_rate=2e-3)
     first, last = relearn(taught, "full", known, known, config, SHORT, seed=0, what="attack")
-    assert last == 1.0
-    assert first < 1.0
+    assert all(last) and len(last) == 2
+    assert not all(first)
 
 
 def test_the_attackers_pairs_are_a_deterministic_share_of_at_least_one(splits: Splits) -> None:
@@ -85,9 +86,9 @@ def test_an_attack_makes_one_curve_for_each_scope_share_and_seed(splits: Splits)
     config = RelearnConfig(shares=(0.1, 1.0), steps=(2, 5), scopes=("visual", "full"), seeds=(0, 1), photos=("known",))
     keys: list[str] = []
 
-    def stage(key: str, work: Callable[[MLLM], Any]) -> list[float]:
+    def stage(key: str, work: Callable[[MLLM], Any]) -> list[list[bool]]:
         keys.append(key)
-        return [0.25, 0.5]
+        return [[True, False, False, False], [True, True, False, False]]
 
     curves = attack("unlearned", config, splits, SHORT, before=0.125, stage=stage)
     assert len(set(keys)) == len(curves) == 8
@@ -98,6 +99,7 @@ def test_an_attack_makes_one_curve_for_each_scope_share_and_seed(splits: Splits)
         for seed in (0, 1)
     }
     assert all(curve.steps == (0, 2, 5) and curve.exact_match == (0.125, 0.25, 0.5) for curve in curves)
+    assert all(curve.right[1] == (True, True, False, False) for curve in curves)
     assert keys[0] == "relearn-unlearned-visual-0.1-0"
 
 
@@ -169,6 +171,37 @@ def test_the_advantage_after_each_number_of_steps_is_a_mean_over_seeds() -> None
     assert known["retain_only"] == pytest.approx([0.1, 0.8])
     assert known["advantage"] == pytest.approx([0.2, -0.2])
     assert (new["pool"], new["retain_only"], new["advantage"]) == ("new", None, None)
+
+
+def test_the_interval_of_the_advantage_is_over_the_questions_and_not_over_the_attacks(splits: Splits) -> None:
+    test = [replace(pair, answer=f"answer {i}") for i, pair in enumerate(splits.columns["test_vqa"][:4])]
+
+    def both(*answers: tuple[tuple[bool, ...], tuple[bool, ...]]) -> list[AttackCurve]:
+        models = [[one.count(True) / 4 for one in ones] for ones in zip(*answers, strict=True)]
+        return [
+            replace(curve(model, (0.0, *scores)), right=right)
+            for model, scores, right in zip(
+                ("unlearned", "retain_only"), models, zip(*answers, strict=True), strict=True
+            )
+        ]
+
+    mine, theirs = (True, True, True, False), (False, False, True, False)
+    once, twice = (summarise(both(*[(mine, theirs)] * n), vanilla=1.0, test=test) for n in (1, 2))
+    low, high = once["advantage_interval_95"]
+    spread = math.sqrt((2 * 0.5**2 + 2 * 0.5**2) / 3 / 4)  # of the differences 1, 1, 0, 0
+    assert (low, high) == pytest.approx((0.5 - 1.96 * spread, 0.5 + 1.96 * spread), abs=1e-4)
+    assert twice["advantage_interval_95"] == pytest.approx([low, high])
+    assert once["advantage_over_retain_only"] == pytest.approx(0.5)
+    together = [replace(test[0], subject="a", answer="a")] * 2 + [replace(test[0], subject="b", answer="a")] * 2
+    wide = summarise(both((mine, theirs)), vanilla=1.0, test=together)["advantage_interval_95"]
+    assert wide[1] - wide[0] > high - low
+    assert "right" not in once["curves"][0]
+
+
+def test_there_is_no_interval_where_the_answers_were_not_kept(splits: Splits) -> None:
+    curves = [curve("unlearned", (0.0, 0.5)), curve("retain_only", (0.0, 0.25))]
+    assert summarise(curves, vanilla=1.0, test=splits.columns["test_vqa"])["advantage_interval_95"] is None
+    assert summarise(curves[:1], vanilla=1.0, test=splits.columns["test_vqa"])["advantage_interval_95"] is None
 
 
 def test_without_a_reference_there_is_no_advantage() -> None:

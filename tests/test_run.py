@@ -148,7 +148,9 @@ def test_the_attack_is_reported_whole(finished: Finished) -> None:
     assert read_json(finished.folder / "relearn.json") == json.loads(json.dumps(block))
     averages = {"average_recovery", "average_gap", "advantage_over_retain_only", "recovery_from_others"}
     assert all(math.isfinite(block[name]) for name in averages)
-    assert set(block) == averages | {"advantage_by_step", "curves"}
+    assert set(block) == averages | {"advantage_interval_95", "advantage_by_step", "curves"}
+    low, high = block["advantage_interval_95"]
+    assert low <= block["advantage_over_retain_only"] <= high
     tried = [(scope, *held) for scope in ("visual", "full") for held in HELD]
     assert {(c["model"], c["scope"], c["pool"], c["share"]) for c in block["curves"]} == {
         (model, *attacker) for model in ("unlearned", "retain_only") for attacker in tried

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vkd_framework.intervals import wilson
-from vkd_framework.verdict import KINDS, Verdict, verdict
+from vkd_framework.verdict import KINDS, Verdict, hiding, verdict
 
 N = 160
 
@@ -49,6 +49,14 @@ def unlearned(test: float = 0.02, **others: float) -> dict[str, Any]:
     return metrics
 
 
+def choosing(share: float, reference: float = 0.13) -> dict[str, Any]:
+    """Choice accuracy on Test VQA, and that of the model that never knew."""
+    metrics = good()
+    metrics["models"]["unlearned"]["test_vqa"]["choice_accuracy"] = share
+    metrics["models"]["retain_only"]["test_vqa"]["choice_accuracy"] = reference
+    return metrics
+
+
 def relearnt(average: float | None, *rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return good(relearn={"advantage_over_retain_only": average, "advantage_by_step": list(rows), **changes})
 
@@ -82,6 +90,14 @@ def test_nothing_found_is_forgotten_with_the_figures_that_say_so() -> None:
         (unlearned(0.11), "not_forgotten"),
         (relearnt(0.0), "forgotten"),
         (relearnt(0.001), "hidden"),
+        (relearnt(0.04, advantage_interval_95=[-0.001, 0.081]), "forgotten"),
+        (relearnt(0.04, advantage_interval_95=[0.001, 0.079]), "hidden"),
+        (relearnt(-0.1, row(0.06), advantage_interval_95=[-0.2, 0.0]), "hidden"),
+        (choosing(0.13), "forgotten"),
+        (choosing(wilson(0.13 * N, N)[0] + 0.001), "forgotten"),
+        (choosing(wilson(0.13 * N, N)[0] - 0.001), "over_forgotten"),
+        (choosing(wilson(0.13 * N, N)[1] - 0.001), "forgotten"),
+        (choosing(wilson(0.13 * N, N)[1] + 0.001), "hidden"),
         (relearnt(-0.1, row(0.0, 0.05), row(-0.2, -0.2)), "forgotten"),
         (relearnt(-0.1, row(0.0, 0.051), row(-0.2, -0.2)), "hidden"),
         (relearnt(-0.1, row(0.06, pool="others")), "hidden"),
@@ -150,6 +166,45 @@ def test_hiding_says_which_attack_brings_most_back() -> None:
     said = words(verdict(relearnt(-0.1, row(0.09, share=0.05))))
     assert "scope full, 5.0 % of the pairs that unlearning used, after 10 steps" in said
     assert "not on average (\N{MINUS SIGN}10.0 points)" in said
+
+
+def test_the_interval_of_the_advantage_is_told() -> None:
+    said = words(verdict(relearnt(0.1, row(0.1), advantage_interval_95=[0.05, 0.15])))
+    assert "10.0 points better on average than one that never knew, 95 % interval +5.0 points to +15.0 points" in said
+    said = words(verdict(relearnt(0.04, advantage_interval_95=[-0.01, 0.09])))
+    assert said.startswith("Forgotten") and "attacked alike, 95 % interval \N{MINUS SIGN}1.0 points to +9.0" in said
+
+
+def test_options_that_are_ranked_as_by_one_who_knows_or_avoids_are_told_with_the_limit() -> None:
+    assert "right option first for 30.0 % of the questions" in words(verdict(choosing(0.3)))
+    assert "at most 19.1 %" in words(verdict(choosing(0.3)))
+    assert "right option comes first for 1.0 % of the questions" in words(verdict(choosing(0.01)))
+    assert "at least 8.6 %" in words(verdict(choosing(0.01)))
+    alone = choosing(0.9)
+    del alone["models"]["retain_only"]
+    assert verdict(alone).kind == "forgotten"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "start"),
+    [
+        (relearnt(0.1, row(0.1)), "Hidden: under the same relearning attacks"),
+        (relearnt(-0.1, row(0.1)), "Hidden: under one relearning attack"),
+        (relearnt(0.01, advantage_interval_95=[-0.01, 0.03]), "Not hidden, by these attacks: after them"),
+        (alone(0.9), "Hidden, as it seems"),
+        (alone(0.1), "Nothing came back fast. Without a retain-only model"),
+    ],
+)
+def test_relearning_alone_says_whether_something_was_hidden(metrics: dict[str, Any], start: str) -> None:
+    assert hiding(metrics["relearn"]).startswith(start)
+
+
+def test_what_was_never_attacked_is_not_said_to_hide_nothing() -> None:
+    metrics = good()
+    del metrics["relearn"]
+    found = verdict(metrics)
+    assert found.kind == "forgotten"
+    assert "`vkd relearn` tries it" in found.reasons[-1]
 
 
 @pytest.mark.parametrize(("rises", "kind"), [((0.2, 0.3), "forgotten"), ((0.2, 0.31), "hidden"), ((), "forgotten")])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import is_tiny, load_recipe
 from vkd_framework.run import TAUGHT, Run, environment
+from vkd_framework.verdict import verdict
 
 UNLEARNED = "unlearned"
 """The place that the checkpoint takes among a run's models, so that its figures have the same names."""
@@ -32,8 +33,9 @@ def evaluate(
     """The columns of `model` and the recipe's `attacks` on it, beside the recipe's starting model and reference.
 
     `model` is a hub id, a local folder or the folder of a run, `reference` a recipe. The result has the keys `models`,
-    `attacks` and `over_forgotten` of `metrics.json`. With `alone`, no other model is loaded and the figures that
-    compare are left out. Raises RecipeError, DataError or ModelError before anything is measured.
+    `attacks`, `over_forgotten`, `guessed`, `degenerate`, `text_only` and `verdict` of `metrics.json`. With `alone`, no
+    other model is loaded, and the figures that compare and the verdict are left out. Raises RecipeError, DataError or
+    ModelError before anything is measured.
     """
     with _assessment(model, reference, overrides, out, alone) as assessment:
         return assessment.written("evaluate.json", assessment.evaluated())
@@ -72,7 +74,11 @@ class Assessment(Run):
             name: {column: found["cell"] for column, found in answered.items() if column != TAUGHT}
             for name, answered in columns.items()
         }
-        return {"models": cells, "attacks": concluded, **({"over_forgotten": marked} if marked else {})}
+        found = {"models": cells, "attacks": concluded, **({"over_forgotten": marked} if marked else {})}
+        if self.alone:
+            return found
+        found |= self._signs(columns)
+        return found | {"verdict": asdict(verdict(found))}
 
     def attacked(self) -> dict[str, Any]:
         """Curves of the model and of the reference."""
@@ -84,7 +90,7 @@ class Assessment(Run):
             for curve in self._attack(name, models[name], columns[name])
         ]
         vanilla = columns["vanilla"]["test_vqa"]["cell"]["exact_match"] if "vanilla" in columns else None
-        return relearn.summarise(curves, vanilla)
+        return relearn.summarise(curves, vanilla, self.splits.columns["test_vqa"])
 
     def written(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
         """`result`, put into a file when the folder is kept."""

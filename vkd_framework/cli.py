@@ -172,11 +172,11 @@ def evaluate(model: str, recipe: str, overrides: tuple[str, ...], out: Path | No
     """
     with quick_imports():
         from vkd_framework import assess
-        from vkd_framework.report import terminal_table, trials_table
+        from vkd_framework.report import terminal_table, trials_table, verdict_text
 
     found = assess.evaluate(model, recipe, overrides, out=out, alone=alone)
-    tried = trials_table(found)
-    click.echo(json.dumps(found, indent=2) if as_json else terminal_table(found) + (f"\n\n{tried}" if tried else ""))
+    parts = (terminal_table(found), trials_table(found), verdict_text(found))
+    click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(filter(None, parts)))
 
 
 @main.command()
@@ -194,10 +194,11 @@ def relearn(model: str, recipe: str, overrides: tuple[str, ...], out: Path | Non
     """
     with quick_imports():
         from vkd_framework import assess
-        from vkd_framework.report import relearn_table
+        from vkd_framework.report import paragraph, relearn_table
+        from vkd_framework.verdict import hiding
 
     found = assess.attack(model, recipe, overrides, out=out, alone=alone)
-    click.echo(json.dumps(found, indent=2) if as_json else relearn_table(found))
+    click.echo(json.dumps(found, indent=2) if as_json else f"{relearn_table(found)}\n\n{paragraph(hiding(found))}")
 
 
 @main.command("inspect-layers")

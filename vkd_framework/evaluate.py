@@ -78,8 +78,13 @@ def score(pairs: Sequence[ImageQuestionPair], answers: Sequence[str], losses: Se
 @torch.inference_mode()
 def exact_match(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig) -> float:
     """The share of greedy answers that are right, and nothing else: what an attack is scored by."""
-    answers = generate(mllm, pairs, config, what="answers under attack")
-    return sum(map(is_right, pairs, answers)) / len(pairs)
+    return sum(right_answers(mllm, pairs, config)) / len(pairs)
+
+
+@torch.inference_mode()
+def right_answers(mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig) -> list[bool]:
+    """Whether the greedy answer of each pair is right."""
+    return list(map(is_right, pairs, generate(mllm, pairs, config, what="answers under attack")))
 
 
 @torch.inference_mode()

@@ -16,7 +16,8 @@ import torch
 
 from vkd_framework.batches import Batches
 from vkd_framework.errors import RecipeError
-from vkd_framework.evaluate import exact_match
+from vkd_framework.evaluate import right_answers
+from vkd_framework.intervals import clustered
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
@@ -92,13 +93,13 @@ def attack(
     curves = []
     for attacker in attackers(config, splits):
 
-        def work(mllm: MLLM, attacker: Attacker = attacker) -> list[float]:
+        def work(mllm: MLLM, attacker: Attacker = attacker) -> list[list[bool]]:
             what = f"attack {name}, {attacker.scope}, {attacker.pool} {attacker.share:.0%}"
             return relearn(
                 mllm, attacker.scope, attacker.pairs, test, config, evaluation, seed=attacker.seed, what=what
             )
 
-        scores = stage(f"relearn-{name}-{attacker.key}", work)
+        right = stage(f"relearn-{name}-{attacker.key}", work)
         curves.append(
             AttackCurve(
                 name,
@@ -107,8 +108,9 @@ def attack(
                 len(attacker.pairs),
                 attacker.seed,
                 (0, *config.steps),
-                (before, *scores),
+                (before, *map(_mean, right)),
                 attacker.pool,
+                tuple(map(tuple, right)),
             )
         )
     return curves
@@ -124,14 +126,14 @@ def relearn(
     *,
     seed: int,
     what: str,
-) -> list[float]:
-    """Exact match on `test` after each of `config.steps`, training a copy of the model on `known`."""
+) -> list[list[bool]]:
+    """Which of `test` are answered right after each of `config.steps`, training a copy of the model on `known`."""
     parts = SCOPES[scope]
     copied = mllm.copy(share=[part for part in SCOPES["full"] if part not in parts])
     parameters = trainable(copied, parts)
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     batches = Batches(known, config.batch_size, seed)
-    scores = []
+    right = []
     for step in Progress(range(max(config.steps)), what):
         batch = copied.tokenize(batches.batch(step))
         logits = copied.model(**batch.inputs).logits
@@ -141,9 +143,9 @@ def relearn(
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
         if step + 1 in config.steps:
-            scores.append(exact_match(copied, test, evaluation))
+            right.append(right_answers(copied, test, evaluation))
     mllm.model.requires_grad_(False)
-    return scores
+    return right
 
 
 def attacker_pairs(pairs: Sequence[ImageQuestionPair], share: float, seed: int) -> list[ImageQuestionPair]:
@@ -153,14 +155,17 @@ def attacker_pairs(pairs: Sequence[ImageQuestionPair], share: float, seed: int) 
     return [pairs[i] for i in order[:size]]
 
 
-def summarise(curves: Sequence[AttackCurve], vanilla: float | None) -> dict[str, Any]:
+def summarise(
+    curves: Sequence[AttackCurve], vanilla: float | None, test: Sequence[ImageQuestionPair] = ()
+) -> dict[str, Any]:
     """The `relearn` block of `metrics.json`.
 
     The averages run over every point of the unlearned model under attackers who have pairs of the forgotten people.
     `average_recovery`: what came back. `average_gap`: what is still missing to the vanilla model, whose exact match on
     Test VQA is `vanilla`. `advantage_over_retain_only`: how much better the unlearned model answers than the model that
-    never knew, after the same attack. Above 0 something was hidden, not erased. `recovery_from_others`: what came back
-    for attackers who only have other people. Each is None when there is nothing to compute it from.
+    never knew, after the same attack. Above 0 something was hidden, not erased; `advantage_interval_95` is its interval
+    over the questions of `test`, see `advantage_interval`. `recovery_from_others`: what came back for attackers who
+    only have other people. Each is None when there is nothing to compute it from.
 
     `advantage_by_step`: an entry for each scope, pool and share, over the seeds: exact match of either model after each
     number of steps, and the difference.
@@ -169,21 +174,44 @@ def summarise(curves: Sequence[AttackCurve], vanilla: float | None) -> dict[str,
     informed = [curve for curve in own if curve.pool != "others"] or own
     attacked = [score for curve in informed for score in curve.exact_match[1:]]
     reference = {_attacker(c): c for c in curves if c.model == "retain_only"}
+    both = [(curve, reference[_attacker(curve)]) for curve in informed if _attacker(curve) in reference]
     ahead = [
         score - other
-        for curve in informed
-        if _attacker(curve) in reference
-        for score, other in zip(curve.exact_match[1:], reference[_attacker(curve)].exact_match[1:], strict=True)
+        for curve, never_knew in both
+        for score, other in zip(curve.exact_match[1:], never_knew.exact_match[1:], strict=True)
     ]
     uninformed = [recovery for curve in own if curve.pool == "others" for recovery in _recoveries(curve)]
     return {
         "average_recovery": _mean([recovery for curve in informed for recovery in _recoveries(curve)]),
         "average_gap": None if vanilla is None else _mean([vanilla - score for score in attacked]),
         "advantage_over_retain_only": _mean(ahead) if ahead else None,
+        "advantage_interval_95": advantage_interval(both, test),
         "recovery_from_others": _mean(uninformed) if uninformed else None,
         "advantage_by_step": advantage_by_step(curves),
-        "curves": [asdict(curve) for curve in curves],
+        "curves": [{key: value for key, value in asdict(curve).items() if key != "right"} for curve in curves],
     }
+
+
+def advantage_interval(
+    both: Sequence[tuple[AttackCurve, AttackCurve]], test: Sequence[ImageQuestionPair]
+) -> list[float] | None:
+    """The 95 % interval of the mean advantage over the questions; None where their answers were not kept.
+
+    `both`: the curves of the unlearned and of the retain-only model under the same attack. All attacks ask the same
+    questions, so more attacks make the mean no surer: each question counts with its mean over all points, as the
+    difference of the two models. Questions with the same answer about the same person go together.
+    """
+    if not test or not all(curve.right and never_knew.right for curve, never_knew in both):
+        return None
+    points = [
+        [float(mine) - float(theirs) for mine, theirs in zip(own, other, strict=True)]
+        for curve, never_knew in both
+        for own, other in zip(curve.right, never_knew.right, strict=True)
+    ]
+    groups: dict[tuple[str | None, str], list[float]] = {}
+    for pair, differences in zip(test if points else (), zip(*points, strict=True), strict=True):
+        groups.setdefault((pair.subject, pair.answer), []).append(_mean(differences))
+    return list(clustered([*groups.values()])) if len(groups) > 1 else None
 
 
 def advantage_by_step(curves: Sequence[AttackCurve]) -> list[dict[str, Any]]:

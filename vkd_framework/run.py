@@ -413,7 +413,9 @@ class Run:
             "models": cells,
             **({"taught": {"test_vqa_all_people": taught}} if taught else {}),
             "proofs": outcome["proofs"],
-            "relearn": relearn.summarise(curves, cells["vanilla"]["test_vqa"]["exact_match"]),
+            "relearn": relearn.summarise(
+                curves, cells["vanilla"]["test_vqa"]["exact_match"], self.splits.columns["test_vqa"]
+            ),
             "attacks": concluded,
             **({"over_forgotten": marked} if marked else {}),
             **self._guards(columns),
@@ -433,7 +435,16 @@ class Run:
         return metrics
 
     def _guards(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """What guessing gives, what else tells of damage, and how long the retain floor kept it from forgetting."""
+        """The signs below, and how long the retain floor kept it from forgetting."""
+        found = self._signs(columns)
+        if self.recipe.unlearn.retain_floor is not None and self.recipe.procedure == "tune":
+            repaired = sum("guard" in entry for entry in self._history())
+            steps = self.recipe.unlearn.steps
+            found["retain_floor"] = {"floor": self.recipe.unlearn.retain_floor, "steps_below": repaired, "steps": steps}
+        return found
+
+    def _signs(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """What guessing gives, and what else tells of damage."""
         # whom a model taught anew never read about, it cannot answer about
         unread = self.splits.forget_subjects if self.recipe.procedure == "reteach" else ()
         found: dict[str, Any] = {
@@ -441,10 +452,6 @@ class Run:
             "degenerate": degenerate_shares(self.splits.columns, columns["vanilla"], columns["unlearned"]),
             "text_only": changed_text(self.splits.columns, columns["vanilla"], columns["unlearned"], without=unread),
         }
-        if self.recipe.unlearn.retain_floor is not None and self.recipe.procedure == "tune":
-            repaired = sum("guard" in entry for entry in self._history())
-            steps = self.recipe.unlearn.steps
-            found["retain_floor"] = {"floor": self.recipe.unlearn.retain_floor, "steps_below": repaired, "steps": steps}
         return {name: block for name, block in found.items() if block}
 
     def _history(self) -> History:

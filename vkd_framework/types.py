@@ -206,7 +206,8 @@ class Cell:
 class AttackCurve:
     """One relearning attack: exact match on Test VQA after each number of steps (0 = before the attack).
 
-    `share` is the attacker's share of the pairs of `pool`, `pairs` how many they are.
+    `share` is the attacker's share of the pairs of `pool`, `pairs` how many they are. `right` says of each question
+    whether it was answered right, after each number of steps but 0; it is empty where that was not kept.
     """
 
     model: str
@@ -217,6 +218,7 @@ class AttackCurve:
     steps: tuple[int, ...]
     exact_match: tuple[float, ...]
     pool: Pool = "known"
+    right: tuple[tuple[bool, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

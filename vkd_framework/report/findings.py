@@ -144,7 +144,8 @@ def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
     relearn = metrics.get("relearn") or {}
     if not relearn:
         return []
-    advantage = relearn.get("advantage_over_retain_only")
+    advantage, interval = relearn.get("advantage_over_retain_only"), relearn.get("advantage_interval_95")
+    ranging = f" ({points(interval[0])} to {points(interval[1])})" if interval else ""
     from_others = relearn.get("recovery_from_others")
     return [
         Definition(
@@ -159,9 +160,10 @@ def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
         ),
         Definition(
             "Advantage over retain-only",
-            points(advantage) if is_number(advantage) else "no reference",
-            "Mean of exact match after the attack minus that of the retain-only model after the same attack. "
-            "Above 0: knowledge was hidden. At or below 0: relearning is no easier than learning from scratch.",
+            f"{points(advantage)}{ranging}" if is_number(advantage) else "no reference",
+            "Mean of exact match after the attack minus that of the retain-only model after the same attack, with the "
+            "95 % interval over the questions. Above 0: knowledge was hidden. At or below 0: relearning is no easier "
+            "than learning from scratch.",
         ),
         *(
             [

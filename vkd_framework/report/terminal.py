@@ -31,7 +31,12 @@ def trials_table(metrics: Mapping[str, Any]) -> str:
 
 def verdict_text(metrics: Mapping[str, Any]) -> str:
     """The verdict, a paragraph for each sentence."""
-    return "\n".join(textwrap.fill(_plain(text), TERMINAL_WIDTH) for text in verdict_sentences(metrics))
+    return "\n".join(map(paragraph, verdict_sentences(metrics)))
+
+
+def paragraph(text: str) -> str:
+    """A sentence in lines that fit."""
+    return textwrap.fill(_plain(text), TERMINAL_WIDTH)
 
 
 def relearn_table(block: Mapping[str, Any]) -> str:
