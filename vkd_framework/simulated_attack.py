@@ -51,6 +51,15 @@ class SimulatedAttacker:
         self._mllm, self._student, self._config, self._pairs = mllm, student, config, pairs
         self._seed, self._restart_every = seed, restart_every
         self._begin = self._end = 0
+        self.difference: dict[str, Tensor] = {}
+        self._mean: dict[str, Tensor] = {}
+        self._square: dict[str, Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by his weights and his optimiser from one step to the next."""
+        held = (*self.difference.values(), *self._mean.values(), *self._square.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def add_gradient(self, step: int, weight: float) -> float:
         """Make the attack's next step; returns the mean CE before it.

@@ -88,7 +88,7 @@ class Stepper:
         self.learned = {**self._parameters, **self._objective.learned}
         self._forget = Batches(splits.forget, config.forget_batch, recipe.seed)
         self._retain = retain_batches(splits, config, recipe.seed + 1)
-        self._attacker = SimulatedAttacker(
+        self.attacker = SimulatedAttacker(
             mllm,
             self._parameters,
             recipe.simulated_attack,
@@ -119,7 +119,7 @@ class Stepper:
         strength = config.phases[phase].forget if held else 0.0
         torch.autograd.backward(strength * forget_loss)
         if attacked := strength * recipe.simulated_attack.weight:
-            forget_terms["attacked"] = self._attacker.add_gradient(step, attacked)
+            forget_terms["attacked"] = self.attacker.add_gradient(step, attacked)
         if mask and recipe.mask.scope == "forget":
             mask_gradients(parameters, mask)
         retain_loss, retain_terms = objective.retain(self._retain.batch(step))

@@ -1,0 +1,83 @@
+"""Peak memory and time, measured so that they can be believed.
+
+Memory: one fresh process for each figure, in which nothing else ever ran. On a CPU it is the process's highest resident
+set above what it held with everything imported and no model built; on a GPU what torch allocated at most.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Make glibc give freed blocks back at once: what it keeps is not the method's."""
+
+
+def in_fresh_process(arguments: Sequence[str]) -> Any:
+    """What `cost.py` with these arguments prints as JSON. Raises RuntimeError with its last words when it fails."""
+    script = str(Path(__file__).resolve().parent.parent / "cost.py")
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, env={**os.environ, **RETURNED}
+    )
+    if done.returncode:
+        raise RuntimeError(f"cost.py {' '.join(arguments)}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Peak:
+    """The most memory held since it was made, and how much of that a model takes."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._base = 0 if device == "cuda" else resident()
+
+    def bytes(self) -> int:
+        """The highest so far, above the base."""
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return _highest() - self._base
+
+
+def resident() -> int:
+    """Bytes of memory the process holds now; where that cannot be read, the most it ever held."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else _highest()
+
+
+def _highest() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds on the wall and of the processor since it was made, the GPU's work included."""
+
+    device: str
+
+    def __post_init__(self) -> None:
+        self._settle()
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> tuple[float, float]:
+        """What counts, and the wall's: on a CPU that others may share, the processor's seconds count."""
+        self._settle()
+        wall, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
+        return (wall if self.device == "cuda" else processor), wall
+
+    def _settle(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
