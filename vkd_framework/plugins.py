@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 from vkd_framework import hookspecs
+from vkd_framework.encodings import Encodings, fingerprint
 from vkd_framework.errors import AdapterError, ModelError, RecipeError
 from vkd_framework.generic import GenericPlugin
 from vkd_framework.hookspecs import PROJECT
@@ -138,6 +139,7 @@ class Adapter:
     def __init__(self, name: str, plugin: object, installed: Installed | None = None) -> None:
         self.name = name
         self._who = f"adapter {installed or repr(name)}"
+        self._kept_encodings: dict[tuple[str | None, tuple[int, ...]], Encodings] = {}
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._manager.register(GenericPlugin(), name="generic")
@@ -299,6 +301,20 @@ class Adapter:
             row = int((~batch.content.any(dim=1)).nonzero()[0])
             raise self._offence(hook, f"found no answer token for {pairs[row].id!r} (answer {pairs[row].answer!r})")
         return batch
+
+    def encodings(self, processor: ProcessorMixin, stop_ids: Sequence[int]) -> Encodings:
+        """What keeps the pairs that a processor encoded; models whose processors are alike share it."""
+        key = (fingerprint(processor), tuple(stop_ids))
+        if key[0] is not None and key in self._kept_encodings:
+            return self._kept_encodings[key]
+
+        def encode(pairs: Sequence[ImageQuestionPair], with_answer: bool, padding_side: str) -> EncodedBatch:
+            return self.tokenize_pairs(processor, pairs, stop_ids, with_answer, padding_side)
+
+        made = Encodings(encode)
+        if key[0] is not None:
+            self._kept_encodings[key] = made
+        return made
 
     def feature_rows(
         self, model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: DistillationLayer, rows: int
@@ -491,9 +507,13 @@ class MLLM(Anatomy):
         self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right"
     ) -> EncodedBatch:
         """Encode pairs and move them to the model's device."""
-        batch = self.adapter.tokenize_pairs(self.processor, pairs, self.stop_ids, with_answer, padding_side)
+        batch = self._encodings.batch(pairs, with_answer, padding_side)
         inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
         return EncodedBatch(inputs, batch.labels.to(self.device), batch.content.to(self.device))
+
+    @cached_property
+    def _encodings(self) -> Encodings:
+        return self.adapter.encodings(self.processor, self.stop_ids)
 
     def check_prompt_is_prefix(self, pair: ImageQuestionPair) -> None:
         """Raise ModelError when a full text does not begin with its prompt's tokens."""

@@ -40,6 +40,11 @@ Pool = Literal["known", "new", "others"]
 that nothing used. `others`: pairs about other people only."""
 
 
+ORIENTATION = 0x0112
+LYING = (5, 6, 7, 8)
+"""Values of the EXIF tag `ORIENTATION` of pictures that are stored on their side."""
+
+
 @dataclass(frozen=True, eq=False)
 class Photo:
     """One picture. `key` is its stable identity: features are cached and results are reported under it.
@@ -49,6 +54,15 @@ class Photo:
 
     key: str
     source: Path | Image.Image | bytes
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, upright, from the file's head alone. Raises OSError like `open`."""
+        if isinstance(self.source, Image.Image):
+            return self.source.size
+        with Image.open(BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as file:
+            width, height = file.size
+            return (height, width) if file.getexif().get(ORIENTATION, 1) in LYING else (width, height)
 
     def open(self) -> Image.Image:
         """The picture as RGB, turned upright (EXIF). Raises OSError when the file cannot be read."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 RGB = tuple[int, int, int]
@@ -99,8 +100,7 @@ def random_face(rng: random.Random) -> Face:
 
 def distance(one: Face, other: Face) -> float:
     """In how many striking traits two faces differ; the small traits count a tenth."""
-    differ = [getattr(one, trait.name) != getattr(other, trait.name) for trait in fields(Face)]
-    return float(sum(differ[:_STRIKING]) + 0.1 * sum(differ[_STRIKING:]))
+    return float(_distances(np.array(_numbers(one)), np.array([_numbers(other)]))[0])
 
 
 def shared_out(seed: str, values: Sequence[str], seat: int) -> str:
@@ -117,19 +117,33 @@ def cast(seed: str, count: int, apart_from: Iterable[Face] = ()) -> list[Face]:
     What is asked about photos (`VISIBLE_TRAITS`) is shared out evenly. A shorter cast of the same seed is the
     beginning of a longer one.
     """
-    taken, chosen = list(apart_from), []
+    taken = [_numbers(face) for face in apart_from]
+    chosen = []
     for seat in range(count):
         rng = random.Random(f"{seed}/{seat}")
         evenly = {trait: shared_out(f"{seed}/{trait}", TRAITS[trait], seat) for trait in VISIBLE_TRAITS}
+        known = np.array(taken, dtype=np.int8).reshape(-1, len(TRAITS))
         nearest = 0.0
         while nearest < 1.0:
             tries = [replace(random_face(rng), **evenly) for _ in range(_CANDIDATES)]
-            spread = [min((distance(face, other) for other in taken), default=math.inf) for face in tries]
+            spread = [float(_distances(np.array(_numbers(face)), known).min(initial=math.inf)) for face in tries]
             nearest = max(spread)
         face = tries[spread.index(nearest)]
-        taken.append(face)
+        taken.append(_numbers(face))
         chosen.append(face)
     return chosen
+
+
+def _numbers(face: Face) -> tuple[int, ...]:
+    """Each trait as its place among the trait's values."""
+    return tuple(values.index(getattr(face, trait)) for trait, values in TRAITS.items())
+
+
+def _distances(one: NDArray[np.integer], others: NDArray[np.integer]) -> NDArray[np.float64]:
+    """`[n]`: the distance of one face `[traits]` to `others` `[n, traits]`, both as numbers."""
+    differ = others != one
+    distances: NDArray[np.float64] = differ[:, :_STRIKING].sum(axis=1) + 0.1 * differ[:, _STRIKING:].sum(axis=1)
+    return distances
 
 
 def draw(face: Face, rng: random.Random, size: int) -> Image.Image:

@@ -1,0 +1,214 @@
+"""Pairs that were encoded before are put together into a batch, instead of asking the processor again.
+
+A training run shows the same few thousand pairs tens of thousands of times, and for a small model's batch a processor
+takes as long as a tenth of the forward and backward pass. What comes out is bit for bit what the processor would have
+returned: the first batches of every kind are encoded both ways, and where the two differ the processor goes on being
+asked. So it is, always, for batches whose photos differ in size or number, which processors may pad to fit each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vkd_framework.types import EncodedBatch, ImageQuestionPair, Photo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import ProcessorMixin
+
+LIMIT = 2**28
+"""Bytes that are kept for one processor; what was not used for longest goes first."""
+
+CHECKED = 2
+"""Batches of each kind that are encoded both ways before what is kept is trusted."""
+
+Encode = Callable[[Sequence[ImageQuestionPair], bool, str], EncodedBatch]
+Tensors = dict[str, "Tensor"]
+
+
+@dataclass
+class _Kind:
+    """What is known about batches of one kind: how text-only pairs show in the photos' tensors, and the padding."""
+
+    padding: dict[str, Any]
+    rows_without_photo: bool
+    checked: int = 0
+
+
+class Encodings:
+    """What one processor makes of pairs. `encode(pairs, with_answer, padding_side)` asks it.
+
+    A pair is known by its question, its answer and its photos, as objects: what else it says must not matter to
+    `encode`.
+    """
+
+    def __init__(self, encode: Encode, limit: int = LIMIT) -> None:
+        self._encode, self._limit = encode, limit
+        self.held = 0
+        """Bytes that are kept."""
+        self._kept: OrderedDict[Hashable, Tensors] = OrderedDict()
+        self._kinds: dict[Hashable, _Kind | None] = {}
+
+    def batch(self, pairs: Sequence[ImageQuestionPair], with_answer: bool, padding_side: str) -> EncodedBatch:
+        """What `encode` returns for the same arguments."""
+        try:
+            shown = frozenset(tuple(photo.size for photo in pair.photos) for pair in pairs)
+        except OSError:  # told where the photo is read
+            return self._encode(pairs, with_answer, padding_side)
+        name = (shown, with_answer, padding_side)
+        kind = self._kinds.get(name)
+        unlike = len(shown - {()}) > 1
+        if unlike or (name in self._kinds and kind is None) or (kind is None and len(pairs) == 1):
+            return self._encode(pairs, with_answer, padding_side)
+        rows = self._rows(pairs, with_answer)
+        if rows is not None and kind is not None and kind.checked >= CHECKED:
+            joined = _join(rows, kind, padding_side)
+            if joined is not None:
+                return joined
+        batch = self._encode(pairs, with_answer, padding_side)
+        self._kinds[name] = None if rows is None else _learnt(batch, rows, kind, padding_side)
+        return batch
+
+    def _rows(self, pairs: Sequence[ImageQuestionPair], with_answer: bool) -> list[tuple[Tensors, Tensors]] | None:
+        """For each pair its tokens, and what its photos became; None where they cannot be told apart."""
+        keys: list[Hashable] = [(pair.question, pair.answer if with_answer else None, pair.photos) for pair in pairs]
+        found: dict[Hashable, tuple[Tensors, Tensors]] = {}
+        missing: dict[bool, dict[Hashable, ImageQuestionPair]] = {}
+        for key, pair in zip(keys, pairs, strict=True):
+            tokens = self._get(key)
+            photos = self._get(pair.photos) if pair.photos else {}
+            if tokens is None or photos is None:
+                missing.setdefault(bool(pair.photos), {})[key] = pair
+            else:
+                found[key] = tokens, photos
+        for group in missing.values():
+            asked = dict(reversed(group.items()))  # another order, so that a batch checked can tell whose row is whose
+            parts = _split(self._encode(list(asked.values()), with_answer, "right"))
+            if parts is None or not all(
+                self._agree(pair.photos, part[1]) for pair, part in zip(asked.values(), parts, strict=True)
+            ):
+                return None
+            for (key, pair), part in zip(asked.items(), parts, strict=True):
+                found[key] = part
+                self._keep(key, part[0])
+                if pair.photos:
+                    self._keep(pair.photos, part[1])
+        return [found[key] for key in keys]
+
+    def _agree(self, photos: tuple[Photo, ...], part: Tensors) -> bool:
+        """Whether photos became what they became in another batch."""
+        known = self._kept.get(photos)
+        return known is None or _same(known, part)
+
+    def _get(self, key: Hashable) -> Tensors | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        return None
+
+    def _keep(self, key: Hashable, tensors: Tensors) -> None:
+        if key in self._kept:
+            return
+        self._kept[key] = tensors
+        self.held += _bytes(tensors)
+        while self.held > self._limit:
+            self.held -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def fingerprint(processor: ProcessorMixin) -> str | None:
+    """Tells processors apart by what they do; None where that cannot be read off."""
+    try:
+        tokenizer: dict[str, Any] = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+        own = [processor.to_dict(), processor.image_processor.to_dict(), processor.tokenizer.special_tokens_map]
+        kinds = [type(part).__name__ for part in (processor, processor.tokenizer, processor.image_processor)]
+        tokenizer |= {"padding": None, "truncation": None}  # the state that its last call left
+        return json.dumps([kinds, own, processor.chat_template, tokenizer], sort_keys=True, default=str)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _split(batch: EncodedBatch) -> list[tuple[Tensors, Tensors]] | None:
+    """Each pair's own tokens, without padding, and its share of what the photos became.
+
+    Of pairs with equally many photos of one size, so that every pair has equally many rows of every tensor.
+    """
+    import torch
+
+    tensors = {**batch.inputs, "labels": batch.labels, "content": batch.content}
+    if "attention_mask" not in tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        return None
+    count = len(batch.labels)
+    texts = {name for name, value in tensors.items() if value.shape == batch.labels.shape}
+    if any(tensors[name].ndim == 0 or len(tensors[name]) % count for name in tensors.keys() - texts):
+        return None
+    real = tensors["attention_mask"].bool()
+    with torch.inference_mode(False):  # what evaluation encodes, training may take later
+        return [
+            (
+                {name: value[b][real[b]].clone() for name, value in tensors.items() if name in texts},
+                {
+                    name: value[b * len(value) // count : (b + 1) * len(value) // count].clone()
+                    for name, value in tensors.items()
+                    if name not in texts
+                },
+            )
+            for b in range(count)
+        ]
+
+
+def _join(rows: Sequence[tuple[Tensors, Tensors]], kind: _Kind, padding_side: str) -> EncodedBatch | None:
+    """The batch of the given pairs; None where it takes padding that is not known, or shapes do not fit."""
+    import torch
+
+    lengths = torch.tensor([len(tokens["labels"]) for tokens, _ in rows])
+    longest = int(lengths.max())
+    place = torch.arange(longest)
+    real = place < lengths[:, None] if padding_side == "right" else place >= longest - lengths[:, None]
+    names = rows[0][0].keys()
+    if any(tokens.keys() != names for tokens, _ in rows) or (not bool(real.all()) and names - kind.padding.keys()):
+        return None
+    joined = {}
+    for name in names:
+        flat = torch.cat([tokens[name] for tokens, _ in rows])
+        joined[name] = torch.full(real.shape, kind.padding.get(name, 0), dtype=flat.dtype).masked_scatter(real, flat)
+    for name, example in {name: value for _, photos in rows for name, value in photos.items()}.items():
+        none = [torch.zeros_like(example)] if kind.rows_without_photo else []
+        parts = [part for _, photos in rows for part in ([photos[name]] if name in photos else none)]
+        if any(part.shape[1:] != example.shape[1:] for part in parts):
+            return None
+        joined[name] = torch.cat(parts)
+    labels, content = joined.pop("labels"), joined.pop("content")
+    return EncodedBatch(joined, labels, content)
+
+
+def _learnt(
+    batch: EncodedBatch, rows: Sequence[tuple[Tensors, Tensors]], kind: _Kind | None, padding_side: str
+) -> _Kind | None:
+    """What is known after one more batch that was encoded both ways; None when the two differ."""
+    whole = {**batch.inputs, "labels": batch.labels, "content": batch.content}
+    padded = whole["attention_mask"] == 0
+    padding = dict(kind.padding) if kind else {}
+    if bool(padded.any()):
+        padding |= {name: whole[name][padded][0].item() for name in rows[0][0]}
+    for rows_without_photo in (False, True) if kind is None else (kind.rows_without_photo,):
+        learnt = _Kind(padding, rows_without_photo, (kind.checked if kind else 0) + (len(rows) > 1))
+        joined = _join(rows, learnt, padding_side)
+        if joined and _same(whole, {**joined.inputs, "labels": joined.labels, "content": joined.content}):
+            return learnt
+    return None
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    import torch
+
+    return one.keys() == other.keys() and all(
+        value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items()
+    )
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(value.nbytes for value in tensors.values())
