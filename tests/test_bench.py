@@ -90,6 +90,16 @@ def made(
     }
 
 
+def tried(model: str, exact: float, **figures: float) -> list[dict[str, Any]]:
+    """Entries of `attacks` in metrics.json about one model."""
+    return [
+        {"kind": "quantize", "options": {"bits": 4}, "model": model, "exact_match": exact, "retain_exact_match": 0.9},
+        {"kind": "module_restore", "options": {"parts": ["encoder", "projector"]}, "model": model, "skipped": "no"},
+        {"kind": "probe", "options": {"photos": 64}, "model": model, "encoder_linear": 0.5, "chance": 0.2, **figures},
+        {"kind": "membership", "options": {"lowest": 0.2}, "model": model, "loss_auc": 0.45, "min_k_auc": None},
+    ]
+
+
 def compared(*metrics: dict[str, Any]) -> Comparison:
     (group,) = gather([Record(Path(f"run{index}"), one) for index, one in enumerate(metrics)])
     return compare(group)
@@ -273,6 +283,51 @@ def test_the_caption_says_what_the_intervals_are_over(seeds: tuple[int, ...], wo
 
 
 METHODS = ("vkd", "vkd_paper", "ga", "ga_diff", "kl_min", "npo", "a_method_of_a_very_long_name_xy")
+
+
+def test_other_attacks_and_marks_of_the_forgotten_are_figures_like_any_other() -> None:
+    runs = [
+        made("vkd", seed)
+        | {"attacks": [*tried("vanilla", 1.0), *tried("unlearned", exact), *tried("retain_only", 0.05)]}
+        | {"over_forgotten": {"excess": -0.5, "interval_95": [-0.8, -0.2]}}
+        for seed, exact in enumerate((0.1, 0.2))
+    ]
+    comparison = compared(*runs, made("ga"))
+    (vkd, ga), (vanilla, never) = comparison.lines, comparison.references
+    key = "attack.quantize.bits=4.exact_match"
+    assert (vkd.mean(key), vanilla.mean(key), never.mean(key), ga.mean(key)) == (pytest.approx(0.15), 1.0, 0.05, None)
+    assert vkd.estimates[key].source == "seeds" and vkd.estimates[key].figure.better == "lower"
+    assert vkd.mean("attack.quantize.bits=4.retain_exact_match") == 0.9
+    assert vkd.mean("attack.probe.photos=64.encoder_linear") == 0.5
+    assert not [one for one in comparison.figures if "module_restore" in one or "min_k" in one or "chance" in one]
+    excess = vkd.estimates["over_forgotten.excess"]
+    assert (excess.mean, excess.low, excess.high) == (-0.5, -0.8, -0.2)
+    shown = {section.title: dict(section.columns) for section in sections(comparison)}
+    assert shown["Other attacks"] == {
+        key: "Weights rounded to 4 bits",
+        "attack.quantize.bits=4.retain_exact_match": "Weights rounded to 4 bits, Retain VQA",
+    }
+    assert set(shown["Traces"]) == {
+        *("attack.probe.photos=64.encoder_linear", "attack.membership.lowest=0.2.loss_auc", "over_forgotten.excess"),
+    }
+    assert cell(vkd, "attack.membership.lowest=0.2.loss_auc", None) == "0.45"
+    words = cell(vkd, "over_forgotten.excess", None).replace("\N{NO-BREAK SPACE}", " ")
+    assert words == "\N{MINUS SIGN}0.50 (\N{MINUS SIGN}0.80 to \N{MINUS SIGN}0.20)"
+    for text in (
+        export.markdown([comparison], "vkd", command="vkd bench"),
+        page.render([comparison], "vkd", command=""),
+    ):
+        assert "Other attacks" in text and "Traces" in text and "Weights rounded to 4 bits" in text
+    assert f"small,vkd,vkd,{key},lower,0.15" in export.csv_text([comparison])
+
+
+def test_the_json_of_a_comparison_has_the_attacks_where_they_were_made() -> None:
+    attacks = {"attacks": tried("unlearned", 0.1), "over_forgotten": {"excess": 0.1}}
+    bare, full = json.loads(export.json_text([Record(Path("a"), made("ga")), Record(Path("b"), made("vkd") | attacks)]))
+    assert {name: full[name] for name in attacks} == attacks
+    assert set(full) - set(bare) == set(attacks)
+
+
 MANY = [
     made(name, seed, test=(2 * i + seed) / 100, retain=0.95 - i / 25 + seed / 200, attacked=(i / 10, i / 8))
     for i, name in enumerate(METHODS)

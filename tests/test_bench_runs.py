@@ -115,7 +115,8 @@ def test_the_folder_holds_the_comparison_in_every_format(bench: Bench, tmp_path:
     ]
     for one, cell in zip(found, CELLS, strict=True):
         metrics = read_json(bench.out / cell / "metrics.json")
-        assert one == {key: metrics[key] for key in ("recipe", "method", "seed", "models", "relearn", "cost")}
+        keys = ("recipe", "method", "seed", "models", "relearn", "cost", "attacks", "over_forgotten")
+        assert one == {key: metrics[key] for key in keys if key in metrics}
     command = re.findall(r"^```\n(vkd bench .*)\n```$", (bench.out / "table.md").read_text(), flags=re.MULTILINE)
     assert shlex.split(command[0]) == ["vkd", *words(bench.recipe, bench.out)[:-2]], (
         "the command without the place of its files"

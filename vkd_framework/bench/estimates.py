@@ -11,9 +11,15 @@ from typing import Any, Literal
 
 from vkd_framework.bench.figures import TEXT_DIFFERENCE, Figure, Value, figures
 from vkd_framework.bench.records import Group, Row
+from vkd_framework.bench.trials import over_forgotten, trials
 from vkd_framework.intervals import student
 
-BOUNDS: dict[str, tuple[float, float]] = {"share": (0.0, 1.0), "difference": (-1.0, 1.0)}
+BOUNDS: dict[str, tuple[float, float]] = {
+    "share": (0.0, 1.0),
+    "difference": (-1.0, 1.0),
+    "score": (0.0, 1.0),
+    "nats": (-math.inf, math.inf),
+}
 REFERENCES = {"vanilla": "vanilla", "retain_only": "retain-only"}
 """Models of a run that no method made -> how their rows are called."""
 
@@ -122,15 +128,20 @@ def _meet(one: Estimate, other: Estimate) -> bool:
 def _line(row: Row) -> Line:
     kinds = [(record.metrics.get("verdict") or {}).get("kind") for record in row.records]
     verdicts = Counter(str(kind).replace("_", " ") for kind in kinds if kind is not None)
-    estimates = _estimates([figures(record.metrics) for record in row.records])
+    estimates = _estimates([_told(record.metrics) for record in row.records])
     return Line(row.label, row.method, row.seeds, estimates, verdicts)
 
 
 def _reference(model: str, label: str, metrics: Sequence[Mapping[str, Any]]) -> Line:
     """A reference does not depend on method and seed; what runs say alike counts once."""
-    found = [figures(one, model) for one in metrics]
+    found = [_told(one, model) for one in metrics]
     distinct = {json.dumps({key: value.value for key, value in one.items()}): one for one in found if one}
     return Line(label, None, (), _estimates(list(distinct.values())))
+
+
+def _told(metrics: Mapping[str, Any], model: str = "unlearned") -> dict[str, Value]:
+    found = [*trials(metrics, model), *(over_forgotten(metrics) if model == "unlearned" else ())]
+    return {**figures(metrics, model), **{value.figure.key: value for value in found}}
 
 
 def _estimates(runs: Sequence[Mapping[str, Value]]) -> dict[str, Estimate]:

@@ -11,8 +11,10 @@ from vkd_framework.report.attack import SCOPES
 from vkd_framework.report.formatting import is_number
 from vkd_framework.report.table import column_of
 
-Kind = Literal["share", "difference", "number", "seconds", "bytes", "count"]
-"""`share` is a share of 1, `difference` one between two shares; the others are what they say."""
+Kind = Literal["share", "difference", "score", "nats", "number", "seconds", "bytes", "count"]
+"""`share` is a share of 1, `difference` one between two shares, `score` a number from 0 to 1 that is no share, `nats` a
+difference in nats; the others are what they say.
+"""
 
 MEASURES = {
     "exact_match": "exact match",

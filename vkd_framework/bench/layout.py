@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vkd_framework.bench.estimates import Comparison, Estimate, Line, better
+from vkd_framework.bench.estimates import BOUNDS, Comparison, Estimate, Line, better
 from vkd_framework.bench.figures import TEXT_DIFFERENCE, Figure
+from vkd_framework.bench.trials import EXCESS, START
 from vkd_framework.report.formatting import ABSENT, MINUS, NBSP, count, duration, significant, size
 from vkd_framework.report.table import COLUMNS
 
@@ -25,6 +26,7 @@ class Section:
 def sections(comparison: Comparison) -> list[Section]:
     """The tables of one recipe; figures that nobody has, and tables without any, are left out."""
     known = comparison.figures
+    tried = [key for key in known if key.startswith(START)]
     measured = ["test_vqa", *(column.key for column in COLUMNS)]
     others = [key.partition(".")[0] for key in known if key.endswith(".exact_match")]
     columns = dict.fromkeys((*measured, *others))
@@ -43,6 +45,20 @@ def sections(comparison: Comparison) -> list[Section]:
             "Exact match on Test VQA minus that of the retain-only model after the same attack. Above 0: hidden, not "
             "erased.",
             _shown([key for key in known if key.startswith(("relearn.advantage", "advantage."))], known),
+        ),
+        Section(
+            "Other attacks",
+            "Exact match on Test VQA under other attacks, beside what breaks by itself. What a model that never knew "
+            "answers was not left behind.",
+            _shown([key for key in tried if key.endswith("exact_match")], known),
+        ),
+        Section(
+            "Traces",
+            "Forgotten people should look like people nobody knew. AUC: how well their training photos are told from "
+            "strangers', .5 is not at all; read it beside the retain-only row. KS: the distance of the answers' "
+            "distribution from retain-only's. Nats above 0: answered worse than by who never knew. Probes: photos of "
+            "the forgotten that the features give to the right person; one who never knew tells faces apart as well.",
+            _shown([*(key for key in tried if not key.endswith("exact_match")), EXCESS], known),
         ),
         Section(
             "Text and cost",
@@ -76,6 +92,8 @@ def written(figure: Figure, value: float) -> str:
     writers: dict[str, Callable[[float], str]] = {
         "share": lambda share: f"{100 * share:.1f}{NBSP}%",
         "difference": lambda share: signed(100 * share),
+        "score": lambda score: f"{score:.2f}",
+        "nats": lambda nats: signed(nats, 2),
         "seconds": duration,
         "bytes": size,
         "count": count,
@@ -87,16 +105,16 @@ def written(figure: Figure, value: float) -> str:
 def interval(estimate: Estimate) -> str:
     """` (low to high)`, or nothing where there is none worth telling."""
     low, high = estimate.low, estimate.high
-    if low is None or high is None or estimate.figure.kind not in ("share", "difference"):
+    if low is None or high is None or estimate.figure.kind not in BOUNDS:
         return ""
-    if estimate.figure.kind == "difference":
-        return f" ({signed(100 * low)} to {signed(100 * high)})".replace(" to ", f"{NBSP}to{NBSP}")
-    return f" ({100 * low:.1f}{NBSP}to{NBSP}{100 * high:.1f})"
+    if estimate.figure.kind == "share":
+        return f" ({100 * low:.1f}{NBSP}to{NBSP}{100 * high:.1f})"
+    return f" ({written(estimate.figure, low)}{NBSP}to{NBSP}{written(estimate.figure, high)})"
 
 
-def signed(value: float) -> str:
-    """With one decimal and always a sign."""
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", MINUS)
+def signed(value: float, places: int = 1) -> str:
+    """With so many decimals and always a sign."""
+    return f"{round(value, places) + 0.0:+.{places}f}".replace("-", MINUS)
 
 
 def caption(comparisons: Sequence[Comparison], method: str) -> str:

@@ -18,6 +18,8 @@ from vkd_framework.report.formatting import flatten
 METRICS = "metrics.json"
 SHARED_KEYS = ("recipe", "method", "seed", "models", "relearn", "cost")
 """What of `metrics.json` goes into the JSON file of a comparison."""
+WHERE_MEASURED = ("attacks", "over_forgotten")
+"""What goes there too where the run has it."""
 IDENTITY = ("name", "description", "method", "seed")
 
 
@@ -51,7 +53,8 @@ class Record:
 
     def shared(self) -> dict[str, Any]:
         """The run as an entry of the JSON file."""
-        return {key: self.metrics.get(key) for key in SHARED_KEYS}
+        further = {key: self.metrics[key] for key in WHERE_MEASURED if key in self.metrics}
+        return {key: self.metrics.get(key) for key in SHARED_KEYS} | further
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Figure:
+    """`key`: the number of the result that is shown."""
+
+    key: str
     label: Callable[[Result], str]
     meaning: str
     shown: Callable[[Result], str]
@@ -57,6 +60,13 @@ def trial_rows(metrics: Mapping[str, Any]) -> list[Trial]:
             if not done:
                 break
     return rows
+
+
+def named_figures(result: Result) -> list[tuple[str, str]]:
+    """(key, label) of each number of a result that has a row; what is measured beside it comes after."""
+    figures = _FIGURES.get(result["kind"], (_unknown(result["kind"]),))
+    beside = [("retain_exact_match", figures[0].label(result))] if "retain_exact_match" in result else []
+    return [*((figure.key, figure.label(result)) for figure in figures), *beside]
 
 
 def trial_models(rows: list[Trial]) -> list[str]:
@@ -104,6 +114,7 @@ def _probe(place: str, method: str) -> _Figure:
         return f"{percent(result[name])} (others {percent(result.get(f'{name}_others'))})"
 
     return _Figure(
+        name,
         lambda result: f"{words} on the {place}, chance {percent(result.get('chance'))}",
         "Share of unseen photos of forgotten people that are given to the right person by the features.",
         shown,
@@ -112,6 +123,7 @@ def _probe(place: str, method: str) -> _Figure:
 
 def _auc(name: str, words: str) -> _Figure:
     return _Figure(
+        name,
         lambda result: f"Membership by {words}, AUC",
         "How well training photos of the forgotten are told from strangers'; 0.5: not at all.",
         lambda result: decimal(result.get(name)),
@@ -124,20 +136,23 @@ def _ks(result: Result) -> str:
     return f"{decimal(result['ks_statistic'])}, p = {significant(result.get('ks_p'))}"
 
 
+def _exact_match(label: Callable[[Result], str], meaning: str, shown: Callable[[Result], str] = _exact) -> _Figure:
+    return _Figure("exact_match", label, meaning, shown)
+
+
 def _unknown(kind: str) -> _Figure:
-    return _Figure(lambda result: kind, "", _exact)
+    return _exact_match(lambda result: kind, "")
 
 
 _FIGURES: dict[str, tuple[_Figure, ...]] = {
     "module_restore": (
-        _Figure(
+        _exact_match(
             lambda result: f"Vanilla's {' and '.join(_option(result, 'parts') or ())} put back".replace("_", " "),
             "Restoring every module that was tuned brings everything back, by construction.",
-            _exact,
         ),
     ),
     "quantize": (
-        _Figure(
+        _exact_match(
             lambda result: f"Weights rounded to {_option(result, 'bits')} bits",
             "Rounding can undo small changes.",
             _rounded,
@@ -145,25 +160,22 @@ _FIGURES: dict[str, tuple[_Figure, ...]] = {
     ),
     "probe": tuple(_probe(place, method) for place in ("encoder", "projector") for method in ("linear", "neighbours")),
     "in_context": (
-        _Figure(
+        _exact_match(
             lambda result: f"After {_option(result, 'examples')} other photos with answers",
             "Other photos of the same person, each with another question and its answer, come before the question.",
-            _exact,
         ),
     ),
-    "rephrase": (_Figure(lambda result: "Asked in other words", "The same questions in another wording.", _exact),),
+    "rephrase": (_exact_match(lambda result: "Asked in other words", "The same questions in another wording."),),
     "noise": (
-        _Figure(
+        _exact_match(
             lambda result: f"Photos with noise of {percent(_option(result, 'spread'))}",
             "Gaussian noise on every pixel; the figure is its standard deviation as a share of the range.",
-            _exact,
         ),
     ),
     "crop": (
-        _Figure(
+        _exact_match(
             lambda result: f"The middle {percent(_option(result, 'keep'))} of the photos",
             "Cut out and enlarged to the old size.",
-            _exact,
         ),
     ),
     "membership": (
@@ -171,6 +183,7 @@ _FIGURES: dict[str, tuple[_Figure, ...]] = {
         _auc("min_k_auc", "Min-K%"),
         _auc("min_k_pp_auc", "Min-K%++"),
         _Figure(
+            "ks_statistic",
             lambda result: "Truth ratios against retain-only, KS",
             "Largest distance between the two models' distributions on Test VQA; a small p tells them apart.",
             _ks,
