@@ -297,6 +297,7 @@ def test_other_attacks_and_marks_of_the_forgotten_are_figures_like_any_other() -
     key = "attack.quantize.bits=4.exact_match"
     assert (vkd.mean(key), vanilla.mean(key), never.mean(key), ga.mean(key)) == (pytest.approx(0.15), 1.0, 0.05, None)
     assert vkd.estimates[key].source == "seeds" and vkd.estimates[key].figure.better == "lower"
+    assert (never.estimates[key].low, never.estimates[key].high) == pytest.approx(wilson(8, 160))
     assert vkd.mean("attack.quantize.bits=4.retain_exact_match") == 0.9
     assert vkd.mean("attack.probe.photos=64.encoder_linear") == 0.5
     assert not [one for one in comparison.figures if "module_restore" in one or "min_k" in one or "chance" in one]

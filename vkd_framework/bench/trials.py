@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vkd_framework.bench.figures import Figure, Value
+from vkd_framework.intervals import wilson
 from vkd_framework.report.formatting import is_number
 from vkd_framework.report.trials import named_figures
 
@@ -22,7 +23,8 @@ def trials(metrics: Mapping[str, Any], model: str) -> list[Value]:
         start = START + ".".join(filter(None, (str(result["kind"]), _options(result))))
         for name, label in named_figures(result):
             if is_number(result.get(name)):
-                found.append(Value(_figure(f"{start}.{name}", label, name), result[name]))
+                interval = _interval(metrics, result, name)
+                found.append(Value(_figure(f"{start}.{name}", label, name), result[name], interval))
     return found
 
 
@@ -34,6 +36,14 @@ def over_forgotten(metrics: Mapping[str, Any]) -> list[Value]:
     figure = Figure(EXCESS, "Loss above that of who never knew, nats a token", "nats", "neither")
     bounds = block.get("interval_95")
     return [Value(figure, block["excess"], (bounds[0], bounds[1]) if bounds else None)]
+
+
+def _interval(metrics: Mapping[str, Any], result: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Wilson's interval of a share of answers, where it is known how many questions were asked."""
+    column = {"exact_match": "test_vqa", "retain_exact_match": "retain_vqa"}.get(name)
+    cells = metrics.get("models", {}).get(result["model"]) or {}
+    n = result.get("questions") or cells.get(column, {}).get("n")
+    return wilson(result[name] * n, n) if column and n else None
 
 
 def _options(result: Mapping[str, Any]) -> str:
