@@ -29,6 +29,7 @@ FLOORS = (
         "substitutes",
         "teachers",
         "losses",
+        "output",
         "saliency",
         "pruning",
     ),

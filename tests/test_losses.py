@@ -10,7 +10,7 @@ from vkd_framework.losses import (
     DISTANCES,
     Distance,
     answer_cross_entropy,
-    answer_logits,
+    answer_rows,
     ascent,
     attract,
     capped_ascent,
@@ -231,10 +231,10 @@ def test_kl_pulls_towards_the_reference() -> None:
     assert student.grad[0, 0] < 0 < student.grad[0, 1]  # descent raises what the reference holds likelier
 
 
-def test_answer_logits_are_those_before_each_answer_token_in_order() -> None:
+def test_answer_rows_are_those_before_each_answer_token_in_order() -> None:
     logits = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
     answer = torch.tensor([[False, True, False, True], [False, False, True, False]])
-    assert torch.equal(answer_logits(logits, answer), torch.stack([logits[0, 0], logits[0, 2], logits[1, 1]]))
+    assert torch.equal(answer_rows(logits, answer), torch.stack([logits[0, 0], logits[0, 2], logits[1, 1]]))
 
 
 def features(rows: int, width: int, seed: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vkd_framework.answers import is_right
 from vkd_framework.intervals import wilson
 from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig
@@ -132,7 +133,8 @@ def option_losses(
 def answer_losses(mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> Tensor:
     """`[B]`: mean cross-entropy of each pair's answer."""
     batch = mllm.tokenize(pairs)
-    return answer_cross_entropy(mllm.model(**batch.inputs).logits, batch.inputs["input_ids"], batch.labels != -100)
+    answer = batch.labels != -100
+    return answer_cross_entropy(answer_logits(mllm.model, batch.inputs, answer), batch.inputs["input_ids"], answer)
 
 
 def rouge_l(answer: str, reference: str) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vkd_framework import losses
 from vkd_framework.answers import refused, relabelled
 from vkd_framework.errors import RecipeError
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe
 from vkd_framework.types import EncodedBatch, ImageQuestionPair, Splits
@@ -52,8 +53,8 @@ class ForgetOutput:
         return [self._targets.get(pair.id, pair) for pair in pairs]
 
     def loss(self, pairs: Sequence[ImageQuestionPair], batch: EncodedBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The term, unweighted, and the cross-entropy `[B]` it is made of; `logits` `[B, L, V]` of the `targets`."""
-        answer = self._tokens(batch)
+        """The term, unweighted, and the cross-entropy `[B]` it is made of; `logits` `[N, V]` of the `targets`."""
+        answer = self.tokens(batch)
         cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
         if self._term.form == "stranger":
             return losses.level(cross_entropy, cross_entropy.new_tensor(self._known(pairs))), cross_entropy
@@ -66,7 +67,8 @@ class ForgetOutput:
             return losses.npo(-cross_entropy * answer.sum(dim=1), before, self._term.beta), cross_entropy
         return cross_entropy.mean(), cross_entropy
 
-    def _tokens(self, batch: EncodedBatch) -> Tensor:
+    def tokens(self, batch: EncodedBatch) -> Tensor:
+        """`[B, L]`: the answer tokens that the term looks at."""
         return batch.content if self._term.tokens == "content" else batch.labels != -100
 
     def _known(self, pairs: Sequence[ImageQuestionPair]) -> list[float]:
@@ -79,8 +81,9 @@ class ForgetOutput:
         for start in range(0, len(pairs), self._batch_size):
             chunk = pairs[start : start + self._batch_size]
             batch = mllm.tokenize(chunk)
-            logits = mllm.model(**batch.inputs).logits
-            mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], self._tokens(batch))
+            answer = self.tokens(batch)
+            logits = answer_logits(mllm.model, batch.inputs, answer)
+            mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
             found |= dict(zip((pair.id for pair in chunk), mean.tolist(), strict=True))
         return found
 

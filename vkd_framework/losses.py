@@ -30,11 +30,12 @@ Distance = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 def answer_cross_entropy(logits: Tensor, input_ids: Tensor, answer: Tensor) -> Tensor:
     """`[B]`: mean cross-entropy in nats over each sample's answer tokens.
 
-    `logits` `[B, L, V]`, `input_ids` `[B, L]`, `answer` `[B, L]` bool, True on the tokens to predict (never the first).
-    Only the logits that predict an answer token are looked at.
+    `logits` `[N, V]` as in `answer_rows`, or `[B, L, V]`; `input_ids` `[B, L]`, `answer` `[B, L]` bool, True on the
+    tokens to predict (never the first). Only the logits that predict an answer token are looked at.
     """
     sample, position = answer.nonzero(as_tuple=True)
-    token_loss = functional.cross_entropy(answer_logits(logits, answer), input_ids[sample, position], reduction="none")
+    rows = answer_rows(logits, answer) if logits.dim() == 3 else logits
+    token_loss = functional.cross_entropy(rows, input_ids[sample, position], reduction="none")
     total = torch.zeros(len(answer), dtype=token_loss.dtype, device=token_loss.device).index_add(0, sample, token_loss)
     return total / answer.sum(dim=1)
 
@@ -66,8 +67,8 @@ def npo(log_probability: Tensor, reference: Tensor, beta: float) -> Tensor:
     return -2 / beta * functional.logsigmoid(-beta * (log_probability - reference)).mean()
 
 
-def answer_logits(logits: Tensor, answer: Tensor) -> Tensor:
-    """`[N, V]`: the logits that predict the `N` answer tokens of the batch, in float32; arguments as above."""
+def answer_rows(logits: Tensor, answer: Tensor) -> Tensor:
+    """`[N, V]`: of `logits` `[B, L, V]`, those that predict the `N` answer tokens of the batch, in float32."""
     sample, position = answer.nonzero(as_tuple=True)
     return logits[sample, position - 1].float()
 

@@ -17,6 +17,7 @@ from vkd_framework import losses
 from vkd_framework.alignment import parameters_of
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.forgetting import ForgetOutput
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import FeatureTerm, Recipe
 from vkd_framework.teachers import Teacher, guides, layers_of
@@ -78,7 +79,8 @@ class Objective:
         terms = {}
         output = self._forget_output
         pairs = output.targets(pairs)
-        batch, distance, logits = self._forward(pairs, [True] * len(pairs), self._repel, with_output=output.weight > 0)
+        asked = output.tokens if output.weight else None
+        batch, distance, logits = self._forward(pairs, [True] * len(pairs), self._repel, asked)
         loss = torch.zeros((), device=self._mllm.device)
         if logits is not None:
             term, cross_entropy = output.loss(pairs, batch, logits)
@@ -98,14 +100,16 @@ class Objective:
         if not (output.weight or divergence.weight or self._attract.weight):
             return loss, terms
         kept = [not self._splits.shows_forgotten(pair) for pair in pairs]
-        with_output = output.weight > 0 or divergence.weight > 0
-        batch, distance, logits = self._forward(pairs, kept, self._attract, with_output=with_output)
+        asked = _answers if output.weight or divergence.weight else None
+        batch, distance, logits = self._forward(pairs, kept, self._attract, asked)
         if logits is not None and output.weight:
-            cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100)
+            cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], _answers(batch))
             loss = loss + output.weight * cross_entropy.mean()
             terms["retain_output"] = cross_entropy.mean().item()
         if logits is not None and self._vanilla is not None:
-            apart = losses.kl_divergence(*self._answer_logits(batch, logits, self._vanilla))
+            with torch.no_grad():
+                before = answer_logits(self._vanilla.model, batch.inputs, _answers(batch))
+            apart = losses.kl_divergence(before, logits)
             loss = loss + divergence.weight * apart
             terms["retain_kl"] = apart.item()
         if distance is not None:
@@ -114,15 +118,19 @@ class Objective:
         return loss, terms
 
     def _forward(
-        self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], term: _Term, *, with_output: bool
+        self,
+        pairs: Sequence[ImageQuestionPair],
+        compared: Sequence[bool],
+        term: _Term,
+        asked: Callable[[EncodedBatch], Tensor] | None,
     ) -> tuple[EncodedBatch, Tensor | None, Tensor | None]:
-        """Encode; logits when asked for; and distances to the teacher of the `compared` pairs that have a photo."""
+        """Encode; logits of the `asked` tokens; and distances to the teacher of the `compared` pairs with a photo."""
         layers = tuple(self._mllm.layer(name) for name in term.layers)
         batch = self._mllm.tokenize(pairs)
         logits = None
         with FeatureTap(self._mllm.model, layers) as tap:
-            if with_output:
-                logits = self._mllm.model(**batch.inputs).logits
+            if asked is not None:
+                logits = answer_logits(self._mllm.model, batch.inputs, asked(batch))
             elif layers:
                 vision_forward(self._mllm, batch.inputs)
         wanted = [b for b, pair in enumerate(pairs) if pair.photos and compared[b]]
@@ -151,15 +159,12 @@ class Objective:
         return frozen
 
     @staticmethod
-    def _answer_logits(batch: EncodedBatch, logits: Tensor, vanilla: MLLM) -> tuple[Tensor, Tensor]:
-        """`[N, V]` each: what the starting model and the student say at the answer tokens."""
-        with torch.no_grad():
-            before = vanilla.model(**batch.inputs).logits
-        answer = batch.labels != -100
-        return losses.answer_logits(before, answer), losses.answer_logits(logits, answer)
-
-    @staticmethod
     def _feature_term(term: FeatureTerm, recipe: Recipe, teacher: Teacher, *, learning: bool) -> _Term:
         mapped = recipe.teacher.kind == "external" and term.distance not in losses.RELATIONAL
         distance = losses.DISTANCES[term.distance]
         return _Term(term.weight, layers_of(term, recipe), distance, teacher, mapped, learning)
+
+
+def _answers(batch: EncodedBatch) -> Tensor:
+    """`[B, L]`: the tokens of the answers, with the one that ends each."""
+    return batch.labels != -100

@@ -21,6 +21,7 @@ from vkd_framework.errors import DataError
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.intervals import wilson
 from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.types import DistillationLayer, ImageQuestionPair, Splits
@@ -255,8 +256,9 @@ def squared_gradients(mllm: MLLM, pairs: Sequence[ImageQuestionPair], what: str)
     found = {layer.name: torch.zeros(len(pairs), dtype=torch.float64) for layer in mllm.layers}
     for q, pair in enumerate(Progress(pairs, what)):
         batch = mllm.tokenize([pair])
-        logits = mllm.model(**batch.inputs).logits
-        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).sum()
+        answer = batch.labels != -100
+        logits = answer_logits(mllm.model, batch.inputs, answer)
+        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for owner, gradient in zip(owners, gradients, strict=True):
             if owner is not None and gradient is not None:

@@ -19,6 +19,7 @@ from vkd_framework.errors import RecipeError
 from vkd_framework.evaluate import right_answers
 from vkd_framework.intervals import clustered
 from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig
@@ -136,8 +137,9 @@ def relearn(
     right = []
     for step in Progress(range(max(config.steps)), what):
         batch = copied.tokenize(batches.batch(step))
-        logits = copied.model(**batch.inputs).logits
-        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
+        answer = batch.labels != -100
+        logits = answer_logits(copied.model, batch.inputs, answer)
+        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)

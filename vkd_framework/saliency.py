@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vkd_framework.checkpoint import atomic_path
 from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress, say
 from vkd_framework.recipe import MaskConfig
@@ -49,8 +50,9 @@ def accumulate(
     chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     for chunk in Progress(chunks, what):
         batch = mllm.tokenize(chunk)
-        logits = mllm.model(**batch.inputs).logits
-        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
+        answer = batch.labels != -100
+        logits = answer_logits(mllm.model, batch.inputs, answer)
+        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).mean()
         if not loss.requires_grad:
             continue  # text alone meets nothing that is trained, where only visual modules are
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

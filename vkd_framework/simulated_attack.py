@@ -9,20 +9,23 @@ the gradient at v + d is applied to v. Attacks inside the training loop are know
 (Tamirisa et al., arXiv 2408.00761); following one attacker instead of starting anew at each step, and with a frozen
 language model, is ours.
 
-One forward and one backward pass serve both: the attacker goes down the gradient that the student goes up.
+One forward and one backward pass serve both: the attacker goes down the gradient that the student goes up. Where an
+answer is above the cap, the student's part takes a backward pass of its own, to his weights alone.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from vkd_framework.batches import Batches
 from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import SimulatedAttack
 from vkd_framework.types import SCOPES, ImageQuestionPair
@@ -32,10 +35,11 @@ EPSILON = 1e-8
 
 
 class SimulatedAttacker:
-    """Follows the student with weights of his own, kept as differences to the student's.
+    """Follows the student with weights of his own.
 
-    An attack also ends where the training can be resumed (`restart_every` steps), so that a resumed run goes on
-    exactly like an uninterrupted one without saving the attacker.
+    Of what the student trains he keeps the difference to the student's weights, of what is frozen his own weights; of
+    what he does not tune, nothing. An attack also ends where the training can be resumed (`restart_every` steps), so
+    that a resumed run goes on exactly like an uninterrupted one without saving the attacker.
     """
 
     def __init__(
@@ -51,14 +55,20 @@ class SimulatedAttacker:
         self._mllm, self._student, self._config, self._pairs = mllm, student, config, pairs
         self._seed, self._restart_every = seed, restart_every
         self._begin = self._end = 0
-        self.difference: dict[str, Tensor] = {}
-        self._mean: dict[str, Tensor] = {}
-        self._square: dict[str, Tensor] = {}
+        self._delta: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def difference(self) -> dict[str, Tensor]:
+        """Name -> his weights less the model's, of everything that he tunes."""
+        frozen = self._mllm.model.get_parameter
+        return {**self._delta, **{name: (own - frozen(name)).detach() for name, own in self._own.items()}}
 
     @property
     def bytes(self) -> int:
         """Memory held by his weights and his optimiser from one step to the next."""
-        held = (*self.difference.values(), *self._mean.values(), *self._square.values())
+        held = [*self._delta.values(), *self._own.values(), *(t for pair in self._moments.values() for t in pair)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def add_gradient(self, step: int, weight: float) -> float:
@@ -70,48 +80,83 @@ class SimulatedAttacker:
         if step >= self._end or step // self._restart_every != self._begin // self._restart_every:
             self._start(step)
         batch = self._mllm.tokenize(self.batches.batch(step - self._begin))
-        attacked = {name: (p.detach() + self.difference[name]).requires_grad_() for name, p in self._target.items()}
-        logits = functional_call(self._mllm.model, dict(attacked), kwargs=dict(batch.inputs)).logits
+        student = {name: self._attacked(name, parameter) for name, parameter in self._student.items()}
+        logits = answer_logits(self._mllm.model, batch.inputs, batch.content, {**self._own, **student})
         cross_entropy = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
         counts = step - self._begin >= self._config.head_start
-        over = counts and bool((cross_entropy > self._config.cap).any())
-        attackers = _gradient(cross_entropy.mean(), attacked, keep=over)
-        upward = attackers if counts else {}
-        if over:
-            upward = _gradient(cross_entropy.clamp(max=self._config.cap).mean(), attacked)
-        for name, parameter in self._student.items():
-            if name in upward:
-                added = -weight * upward[name]
-                parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
-        self._move(attackers, step)
+        above = cross_entropy.detach() > self._config.cap
+        if counts and bool(above.any()):
+            capped = cross_entropy.clamp(max=self._config.cap).mean()
+            self._push(_gradient(capped, student), weight)
+            counts = False
+        t = step - self._begin + 1
+        with _as_gradients_come(self._own, lambda name, g: self._move(name, g, t)):
+            torch.autograd.backward(cross_entropy.mean(), inputs=[*self._own.values(), *student.values()])
+        downward = {name: leaf.grad for name, leaf in student.items() if leaf.grad is not None}
+        if counts:
+            self._push(downward, weight)
+        for name, g in downward.items():
+            if name in self._delta:
+                self._move(name, g, t)
         return float(cross_entropy.detach().mean())
 
     def _start(self, step: int) -> None:
         """A new attack from the student's weights of this moment: its scope, its length and its batches are drawn."""
         draw = random.Random(f"{self._seed}/{step}")
         self._begin, self._end = step, step + draw.randint(*self._config.horizon)
-        names = self._mllm.parameters(SCOPES[draw.choice(self._config.scopes)])
-        self._target: dict[str, nn.Parameter] = {**names, **self._student}
-        self._moved = tuple(names)
+        tuned = self._mllm.parameters(SCOPES[draw.choice(self._config.scopes)])
         self.batches = Batches(self._pairs, self._config.batch_size, draw.randrange(2**31))
-        self.difference = {name: torch.zeros_like(parameter) for name, parameter in self._target.items()}
-        self._mean, self._square = (
-            {name: torch.zeros_like(parameter) for name, parameter in names.items()} for _ in range(2)
-        )
+        self._delta, self._own, self._moments = {}, {}, {}  # the old ones go before the new ones come
+        self._delta = {name: torch.zeros_like(p) for name, p in tuned.items() if name in self._student}
+        self._own = {name: p.detach().clone().requires_grad_() for name, p in tuned.items() if name not in self._delta}
+        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in tuned.items()}
 
-    def _move(self, gradient: Mapping[str, Tensor], step: int) -> None:
-        """One Adam step of the attacker."""
-        t = step - self._begin + 1
-        for name in self._moved:
-            if name not in gradient:
-                continue
-            g = gradient[name]
-            mean = self._mean[name].mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
-            square = self._square[name].mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-            step_size = self._config.learning_rate / (1 - BETAS[0] ** t)
-            self.difference[name].addcdiv_(mean, (square / (1 - BETAS[1] ** t)).sqrt() + EPSILON, value=-step_size)
+    def _attacked(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """A trained parameter as the attacker has it, as a leaf of its own."""
+        moved = parameter.detach()
+        return (moved + self._delta[name] if name in self._delta else moved).requires_grad_()
+
+    def _push(self, downward: Mapping[str, Tensor], weight: float) -> None:
+        """Add `-weight` times a gradient of the attacker's to the student's."""
+        for name, g in downward.items():
+            parameter = self._student[name]
+            if parameter.grad is None:
+                parameter.grad = -weight * g
+            else:
+                parameter.grad.add_(g, alpha=-weight)
+
+    @torch.no_grad()
+    def _move(self, name: str, g: Tensor, t: int) -> None:
+        """One parameter's part in the attacker's Adam step number `t`."""
+        mean, square = self._moments[name]
+        mean.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
+        square.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+        step_size = self._config.learning_rate / (1 - BETAS[0] ** t)
+        moved = self._delta[name] if name in self._delta else self._own[name]
+        moved.addcdiv_(mean, (square / (1 - BETAS[1] ** t)).sqrt_().add_(EPSILON), value=-step_size)
 
 
-def _gradient(loss: Tensor, at: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:
-    found = torch.autograd.grad(loss, list(at.values()), retain_graph=keep, allow_unused=True)
+@contextmanager
+def _as_gradients_come(leaves: Mapping[str, Tensor], use: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within the block, a backward pass hands each leaf's gradient to `use` and forgets it: never are all held."""
+
+    def hand_over(name: str) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            g, leaf.grad = leaf.grad, None
+            if g is not None:
+                use(name, g)
+
+        return hook
+
+    register: Any = Tensor.register_post_accumulate_grad_hook  # without types in torch
+    handles = [register(leaf, hand_over(name)) for name, leaf in leaves.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gradient(loss: Tensor, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(at.values()), retain_graph=True, allow_unused=True)
     return {name: g for name, g in zip(at, found, strict=True) if g is not None}

@@ -25,6 +25,7 @@ from torch import Tensor
 from vkd_framework.attacks.statistics import auc
 from vkd_framework.attacks.target import Target
 from vkd_framework.evaluate import option_losses
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import MembershipAttack
@@ -96,11 +97,9 @@ def likelihoods(
     found = []
     for start in Progress(range(0, len(pairs), batch_size), what):
         batch = mllm.tokenize(pairs[start : start + batch_size])
-        logits = mllm.model(**batch.inputs).logits
+        logits = answer_logits(mllm.model, batch.inputs, batch.content)
         sample, position = batch.content.nonzero(as_tuple=True)
-        log_probability, standardised = token_scores(
-            logits[sample, position - 1], batch.inputs["input_ids"][sample, position]
-        )
+        log_probability, standardised = token_scores(logits, batch.inputs["input_ids"][sample, position])
         for b in range(len(batch.content)):
             own, scores = log_probability[sample == b], standardised[sample == b]
             found.append(Likelihood(own.mean().item(), mean_of_lowest(own, lowest), mean_of_lowest(scores, lowest)))
