@@ -133,7 +133,7 @@ def _fresh(options: argparse.Namespace, size: Size) -> Figures:
         file_bytes = masks.file_bytes(name, mllm, options.family, size, splits)
         return {"file_bytes": file_bytes, "peak_memory_bytes": peak.bytes(), "model_bytes": model}
     one = prepared(name, mllm, options.family, size, splits)
-    for step in range(3):
+    for step in range(2):
         one.step(step)
     return {
         "peak_memory_bytes": peak.bytes(),

@@ -30,6 +30,7 @@ FLOORS = (
         "teachers",
         "losses",
         "output",
+        "gradients",
         "saliency",
         "pruning",
     ),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -326,3 +327,34 @@ def test_every_kind_granularity_and_scope_stops_what_it_says_it_stops(
     for name, m in mask.items():
         assert torch.equal(before[name][~m], after[name][~m])
     assert any((before[name][m] != after[name][m]).any() for name, m in mask.items())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_a_threshold_cuts_where_the_ratio_of_two_sums_would_be_cut(
+    student: MLLM, splits: Splits, granularity: str
+) -> None:
+    parameters = trainable(student, ("encoder", "projector"))
+    settings = {"kind": "ratio", "threshold": 0.8, "granularity": granularity, "pairs": 6}
+    config = MaskConfig.model_validate(settings)
+    found = build_mask(student, config, parameters, splits.forget, splits.retain, seed=3, batch_size=2)
+    generator = torch.Generator().manual_seed(3)
+    forget, retain = (
+        saliency.accumulate(
+            student, saliency.draw(pairs, 6, generator), parameters, squared=True, batch_size=2, what="saliency"
+        )
+        for pairs in (splits.forget, splits.retain)
+    )
+    expected = cut(ratio_scores(forget, retain, granularity), threshold=0.8)
+    differing = sum(int((found[name] != expected[name]).sum()) for name in expected)
+    assert differing <= count(found) / 10_000  # ties, to the last bit of a float
+
+
+def test_no_more_than_one_gradient_is_ever_held(student: MLLM, splits: Splits) -> None:
+    parameters = trainable(student, ("encoder", "projector"))
+    most: list[int] = []
+    spied: Any = torch.Tensor.register_post_accumulate_grad_hook
+    for parameter in parameters.values():
+        spied(parameter, lambda _: most.append(sum(p.grad is not None for p in parameters.values())))
+    saliency.accumulate(student, splits.forget[:4], parameters, squared=True, batch_size=2, what="saliency")
+    assert len(most) > 10 and max(most) == 1
+    assert all(parameter.grad is None for parameter in parameters.values())

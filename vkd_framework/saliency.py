@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vkd_framework.checkpoint import atomic_path
 from vkd_framework.errors import DataError, RecipeError
+from vkd_framework.gradients import as_gradients_come
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
@@ -47,20 +48,45 @@ def accumulate(
     as 0: it does not influence any answer.
     """
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    for chunk in Progress(chunks, what):
-        batch = mllm.tokenize(chunk)
-        answer = batch.labels != -100
-        logits = answer_logits(mllm.model, batch.inputs, answer)
-        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).mean()
-        if not loss.requires_grad:
-            continue  # text alone meets nothing that is trained, where only visual modules are
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                g = gradient.float()
-                total[name] += (g.square() if squared else g) / len(chunks)
+    add_up(mllm, pairs, parameters, total, squared=squared, batch_size=batch_size, what=what)
     return total
+
+
+def add_up(
+    mllm: MLLM,
+    pairs: Sequence[ImageQuestionPair],
+    parameters: Mapping[str, nn.Parameter],
+    total: Mapping[str, Tensor],
+    *,
+    squared: bool,
+    batch_size: int,
+    what: str,
+) -> set[str]:
+    """Add what `accumulate` describes to `total`, where it has a parameter; returns whom a gradient reached at all.
+
+    Each gradient is added as soon as it is there, and forgotten: there is never more than one.
+    """
+    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    reached: set[str] = set()
+
+    def take(name: str, gradient: Tensor) -> None:
+        if name not in reached and bool(gradient.any()):
+            reached.add(name)
+        if name in total and squared:
+            g = gradient.float()
+            total[name].addcmul_(g, g, value=1 / len(chunks))
+        elif name in total:
+            total[name].add_(gradient, alpha=1 / len(chunks))
+
+    with torch.enable_grad(), as_gradients_come(parameters, take):
+        for chunk in Progress(chunks, what):
+            batch = mllm.tokenize(chunk)
+            answer = batch.labels != -100
+            logits = answer_logits(mllm.model, batch.inputs, answer)
+            loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).mean()
+            if loss.requires_grad:  # text alone meets nothing that is trained, where only visual modules are
+                torch.autograd.backward(loss, inputs=list(parameters.values()))
+    return reached
 
 
 def build_mask(
@@ -84,39 +110,84 @@ def build_mask(
     forget, retain = (draw(pairs, config.pairs, generator) for pairs in (forget, retain))
     if config.preserve == "retain_and_text":
         retain = [*retain, *draw(text, config.pairs, generator)]
-
-    def saliency(pairs: Sequence[ImageQuestionPair], squared: bool, what: str) -> dict[str, Tensor]:
-        return accumulate(mllm, pairs, parameters, squared=squared, batch_size=batch_size, what=what)
-
-    of_forget = saliency(forget, config.kind == "ratio", "saliency of the forget set")
-    if silent := without_gradient(of_forget):
+    drawn = (forget, retain)
+    if config.kind == "ratio" and config.threshold is not None:
+        mask, reached = _by_threshold(mllm, drawn, parameters, config.granularity, config.threshold, batch_size)
+    else:
+        mask, reached = _by_density(mllm, drawn, parameters, config, generator, batch_size)
+    if silent := [name for name in parameters if name not in reached]:
         more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
         say(f"mask: no gradient reaches {silent[0]}{more}: no drawn pair depends on them, they may not move")
-    if config.kind == "random":
-        scores = _random_scores(parameters, config.granularity, generator)
-    elif config.kind == "ratio":
-        of_retain = saliency(retain, True, "saliency of the retain set")
-        scores = ratio_scores(of_forget, of_retain, config.granularity)
-    else:
-        scores = {name: _by_unit(g.abs(), config.granularity) for name, g in of_forget.items()}
-    heard = {name: score for name, score in scores.items() if name not in silent}
-    mask = cut(heard, density=config.density, threshold=config.threshold) if heard else {}
     kept, size = count(mask), sum(m.numel() for m in mask.values())
     if kept in (0, size):
         raise RecipeError(
             f"mask: selects {'none' if kept == 0 else 'all'} of the {size:,} trained weights; "
             "change mask.density or mask.threshold, or set mask.kind=none"
         )
-    return {name: mask.get(name, torch.zeros_like(p, dtype=torch.bool)) for name, p in parameters.items()}
+    return {
+        name: mask[name] if name in mask else torch.zeros_like(p, dtype=torch.bool) for name, p in parameters.items()
+    }
+
+
+def _by_threshold(
+    mllm: MLLM,
+    drawn: tuple[Sequence[ImageQuestionPair], Sequence[ImageQuestionPair]],
+    parameters: Mapping[str, nn.Parameter],
+    granularity: str,
+    threshold: float,
+    batch_size: int,
+) -> tuple[Mask, set[str]]:
+    """Forget saliency / (retain saliency + floor) >= threshold, and whom a forget gradient reaches.
+
+    Both sides are multiplied out, forget - threshold * retain >= threshold * floor, so that one number a weight does.
+    """
+    forget, retain = drawn
+    total = accumulate(mllm, retain, parameters, squared=True, batch_size=batch_size, what="saliency of the retain set")
+    least = threshold * _floor(total)
+    for one in total.values():
+        one.mul_(-threshold)
+    what = "saliency of the forget set"
+    reached = add_up(mllm, forget, parameters, total, squared=True, batch_size=batch_size, what=what)
+    return {name: _by_unit(one, granularity) >= least for name, one in total.items() if name in reached}, reached
+
+
+def _by_density(
+    mllm: MLLM,
+    drawn: tuple[Sequence[ImageQuestionPair], Sequence[ImageQuestionPair]],
+    parameters: Mapping[str, nn.Parameter],
+    config: MaskConfig,
+    generator: torch.Generator,
+    batch_size: int,
+) -> tuple[Mask, set[str]]:
+    """The share of highest scores among the weights that a forget gradient reaches, and whom it reaches."""
+    forget, retain = drawn
+    scored = parameters if config.kind != "random" else {}
+    of_forget = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in scored.items()}
+    squared, what = config.kind == "ratio", "saliency of the forget set"
+    reached = add_up(mllm, forget, parameters, of_forget, squared=squared, batch_size=batch_size, what=what)
+    if config.kind == "random":
+        scores = _random_scores(parameters, config.granularity, generator)
+    elif config.kind == "ratio":
+        what = "saliency of the retain set"
+        of_retain = accumulate(mllm, retain, parameters, squared=True, batch_size=batch_size, what=what)
+        scores = ratio_scores(of_forget, of_retain, config.granularity)
+    else:
+        scores = {name: _by_unit(g.abs(), config.granularity) for name, g in of_forget.items()}
+    heard = {name: score for name, score in scores.items() if name in reached}
+    return (cut(heard, density=config.density) if heard else {}), reached
 
 
 def ratio_scores(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], granularity: str) -> dict[str, Tensor]:
     """Score = forget saliency / (retain saliency + floor), per weight or per unit (row of a weight matrix)."""
-    mean = sum(float(r.sum()) for r in retain.values()) / sum(r.numel() for r in retain.values())
-    floor = max(FLOOR * mean, torch.finfo(torch.float32).tiny)
+    floor = _floor(retain)
     return {
         name: _by_unit(f, granularity) / (_by_unit(retain[name], granularity) + floor) for name, f in forget.items()
     }
+
+
+def _floor(retain: Mapping[str, Tensor]) -> float:
+    mean = sum(float(r.sum()) for r in retain.values()) / sum(r.numel() for r in retain.values())
+    return max(FLOOR * mean, torch.finfo(torch.float32).tiny)
 
 
 def cut(scores: Mapping[str, Tensor], *, density: float | None = None, threshold: float | None = None) -> Mask:

@@ -16,14 +16,13 @@ answer is above the cap, the student's part takes a backward pass of its own, to
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vkd_framework.batches import Batches
+from vkd_framework.gradients import as_gradients_come
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
@@ -90,7 +89,7 @@ class SimulatedAttacker:
             self._push(_gradient(capped, student), weight)
             counts = False
         t = step - self._begin + 1
-        with _as_gradients_come(self._own, lambda name, g: self._move(name, g, t)):
+        with as_gradients_come(self._own, lambda name, g: self._move(name, g, t)):
             torch.autograd.backward(cross_entropy.mean(), inputs=[*self._own.values(), *student.values()])
         downward = {name: leaf.grad for name, leaf in student.items() if leaf.grad is not None}
         if counts:
@@ -134,27 +133,6 @@ class SimulatedAttacker:
         step_size = self._config.learning_rate / (1 - BETAS[0] ** t)
         moved = self._delta[name] if name in self._delta else self._own[name]
         moved.addcdiv_(mean, (square / (1 - BETAS[1] ** t)).sqrt_().add_(EPSILON), value=-step_size)
-
-
-@contextmanager
-def _as_gradients_come(leaves: Mapping[str, Tensor], use: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within the block, a backward pass hands each leaf's gradient to `use` and forgets it: never are all held."""
-
-    def hand_over(name: str) -> Callable[[Tensor], None]:
-        def hook(leaf: Tensor) -> None:
-            g, leaf.grad = leaf.grad, None
-            if g is not None:
-                use(name, g)
-
-        return hook
-
-    register: Any = Tensor.register_post_accumulate_grad_hook  # without types in torch
-    handles = [register(leaf, hand_over(name)) for name, leaf in leaves.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gradient(loss: Tensor, at: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,25 +22,29 @@ from vkd_framework.types import Splits
 
 @dataclass(frozen=True)
 class Family:
-    """The recipe and the published config that stand for a family."""
+    """The recipe and the published config that stand for a family, and what is left of the config at 120m.
+
+    `heads`: attention heads of the language model; every other width shrinks by as much. `depth`: share of the blocks.
+    """
 
     recipe: str
     preset: str
+    heads: int
+    depth: float
 
 
 FAMILIES = {
-    "qwen_vl": Family("qwen2vl_celeb", "Qwen/Qwen2-VL-7B-Instruct"),
-    "llava": Family("llava_celeb", "llava-hf/llava-1.5-7b-hf"),
-    "internvl": Family("internvl_celeb", "OpenGVLab/InternVL3-8B-hf"),
-    "idefics": Family("idefics_celeb", "HuggingFaceM4/Idefics3-8B-Llama3"),
+    "qwen_vl": Family("qwen2vl_celeb", "Qwen/Qwen2-VL-7B-Instruct", 5, 0.45),
+    "llava": Family("llava_celeb", "llava-hf/llava-1.5-7b-hf", 6, 0.45),
+    "internvl": Family("internvl_celeb", "OpenGVLab/InternVL3-8B-hf", 5, 0.45),
+    "idefics": Family("idefics_celeb", "HuggingFaceM4/Idefics3-8B-Llama3", 5, 0.6),
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """`parameters`: about how many; None for the published number. `pairs`: of each set, for a mask."""
+    """`pairs`: of each set, for a mask."""
 
-    parameters: float | None
     image_size: int
     forget_batch: int
     retain_batch: int
@@ -50,17 +54,15 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(1e6, 48, 16, 48, 64),
-    "120m": Size(120e6, 112, 2, 6, 8),
-    "8b": Size(None, 192, 2, 6, 16, "bfloat16", "cuda"),
+    "tiny": Size(48, 16, 48, 64),
+    "120m": Size(112, 2, 6, 8),
+    "8b": Size(192, 2, 6, 16, "bfloat16", "cuda"),
 }
 
 GEOMETRY = ("patch_size", "image_size", "num_position_embeddings", "image_seq_length")
 """Settings that belong to the pictures, and so to the processor."""
 HEADS, BLOCKS = ("num_attention_heads", "num_heads"), ("num_hidden_layers", "depth")
 WIDTHS = ("hidden_size", "embed_dim", "intermediate_size", "out_hidden_size")
-SHALLOWER = (0.35, 0.4, 0.45, 0.5)
-"""What may be left of the depth at 120m."""
 
 
 def cast(size: Size, people: int = 6) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def build(family: str, size: Size, splits: Splits) -> MLLM:
     small = adapter.tiny_model(texts, size.image_size, 0)
     if size is SIZES["tiny"]:
         return small
-    config = _config(FAMILIES[family].preset, adapter.presets, small.model.config, size.parameters)
+    config = _config(FAMILIES[family], adapter.presets, small.model.config, shrink=size is SIZES["120m"])
     torch.manual_seed(0)
     with torch.device(size.device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, size.dtype))
@@ -122,16 +124,13 @@ def warm_up(family: str, size: Size, splits: Splits) -> None:
     torch.autograd.backward(mllm.model(**batch.inputs).logits.mean())
 
 
-def _config(preset: str, presets: Any, small: Any, parameters: float | None) -> Any:
-    """The published config, in proportion as small as it has to be, with the pictures and tokens of `small`."""
-    contents = presets[preset]
+def _config(family: Family, presets: Any, small: Any, *, shrink: bool) -> Any:
+    """The published config, or what is left of it, with the pictures and tokens of `small`."""
+    contents = presets[family.preset]
     published = CONFIG_MAPPING[contents["model_type"]].from_dict(dict(contents))
     _take(published, small)
-    if parameters is None:
-        return published
-    heads = int(published.get_text_config().num_attention_heads)
-    tried = [_shrunk(published, n / heads, depth) for n in range(2, heads // 3) for depth in SHALLOWER]
-    return min(tried, key=lambda config: abs(_count(config) - parameters))
+    share = family.heads / published.get_text_config().num_attention_heads
+    return _shrunk(published, share, family.depth) if shrink else published
 
 
 def _take(config: Any, small: Any) -> None:
@@ -164,9 +163,3 @@ def _shrunk(published: Any, share: float, left: float) -> Any:
     if getattr(vision, "embed_dim", None):  # the encoder's own width; hidden_size is then the language model's
         vision.hidden_size = text.hidden_size
     return config
-
-
-def _count(config: Any) -> int:
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
