@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from conftest import asked_about, picture
 
+from vkd_framework.cli import main
 from vkd_framework.errors import AdapterError, ModelError, RecipeError
 from vkd_framework.generic import locate_vision_modules, tokenize_pairs
 from vkd_framework.hookspecs import hookimpl
@@ -370,21 +372,24 @@ def test_a_run_imports_no_adapter_but_its_own(tmp_path: Path) -> None:
     assert ask(tmp_path, "load_adapter('qwen_vl').name, 'other_vkd' in sys.modules") == "qwen_vl False"
 
 
-def vkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The real command, with what is installed in `folder` beside everything else."""
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-m", "vkd_framework", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=folder,
-    )
+def vkd(folder: Path, *arguments: str) -> Result:
+    """The command, with what is installed in `folder` beside everything else.
+
+    In this process, where torch is imported already; what came from `folder` is forgotten afterwards.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.chdir(folder)
+        done = CliRunner().invoke(main, arguments)
+        for name, module in [*sys.modules.items()]:
+            if str(getattr(module, "__file__", None) or "").startswith(str(folder)):
+                del sys.modules[name]
+    return done
 
 
-def told(done: subprocess.CompletedProcess[str]) -> str:
+def told(done: Result) -> str:
     """The one line that a user's mistake is told in."""
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.exit_code == 2, done.output
     (line,) = done.stderr.strip().splitlines()
     return line
 
@@ -425,7 +430,7 @@ def test_an_adapter_that_misbehaves_is_named_with_its_distribution_and_hides_no_
     install(tmp_path, "vkd-odd", "odd_vkd", source, ("aaa",))
     install(tmp_path, "vkd-fine", "fine_vkd", GOOD.format(types=["fine"]), ("zzz",))
     done = vkd(tmp_path, "adapters", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     found = {row["name"]: row for row in json.loads(done.stdout)}
     assert {name for name, row in found.items() if "error" in row} == {"aaa"}
     assert PRESET in found["qwen_vl"]["presets"] and found["zzz"]["model_types"] == ["fine"]
@@ -447,7 +452,7 @@ def test_a_class_at_an_entry_point_is_named_with_its_distribution(tmp_path: Path
 def test_a_preset_is_described_beside_an_adapter_that_misbehaves(tmp_path: Path, case: str) -> None:
     install(tmp_path, "vkd-odd", "odd_vkd", MISBEHAVING[case][0], ("aaa",))
     done = vkd(tmp_path, "inspect-layers", PRESET)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert "adapter qwen_vl" in done.stdout
 
 
@@ -455,7 +460,7 @@ def test_a_dry_run_never_imports_another_adapter(tmp_path: Path) -> None:
     mark = tmp_path / "imported"
     install(tmp_path, "vkd-odd", "odd_vkd", f"open({str(mark)!r}, 'w')\nraise SystemExit(1)", ("aaa",))
     done = vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     unknown = vkd(
         tmp_path, "run", "qwen2vl_celeb", "--dry-run", "--set", "teach=null", "--set", "reference=none", "--set",
         "model.source=nobody/nothing",
@@ -508,7 +513,7 @@ def test_of_two_adapters_that_offer_a_preset_neither_wins_without_being_chosen(t
     assert f"preset {PRESET} is offered by several adapters" in line
     assert "(vkd-framework " in line and "(vkd-rival 1.0)" in line and "--adapter" in line
     assert "adapter qwen_vl," in vkd(tmp_path, "inspect-layers", PRESET, "--adapter", "qwen_vl").stdout
-    assert vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run").returncode == 0
+    assert vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run").exit_code == 0
 
 
 def test_a_preset_is_described_by_the_adapter_that_offers_it_although_another_serves_its_type(tmp_path: Path) -> None:
@@ -523,7 +528,7 @@ def test_a_name_claimed_by_two_distributions_is_refused_to_whoever_asks_for_it_a
     install(tmp_path, "vkd-two", "two_vkd", GOOD.format(types=["two"]), ("mine",))
     line = told(vkd(tmp_path, "inspect-layers", PRESET, "--adapter", "mine"))
     assert "'mine' is registered by both vkd-one and vkd-two; uninstall one of them" in line
-    assert vkd(tmp_path, "inspect-layers", PRESET).returncode == 0
+    assert vkd(tmp_path, "inspect-layers", PRESET).exit_code == 0
 
 
 def test_an_unknown_adapter_given_to_inspect_layers_is_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -535,7 +540,10 @@ def test_a_hub_that_cannot_be_found_is_not_asked(tmp_path: Path, monkeypatch: py
         monkeypatch.delenv(name)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
-    line = told(vkd(tmp_path, "inspect-layers", "nobody/nothing"))
+    command = [sys.executable, "-m", "vkd_framework", "inspect-layers", "nobody/nothing"]  # asked once, at import
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
     assert "not to be had from the hub (hub.invalid cannot be found from this machine)" in line
 
 
