@@ -279,6 +279,7 @@ def test_another_seed_starts_from_the_same_taught_model(finished: Finished, tmp_
         "relearn={shares: [0.05], steps: [1], scopes: [visual]}",
         "reference=none",
         "mask={kind: none}",
+        "attacks=[]",
     )
     metrics, folder = run(finished.recipe, settings, out=tmp_path / "out")
     assert sorted(finished.cache.glob("taught/*/model.safetensors")) == taught

@@ -392,7 +392,7 @@ def test_weights_that_cannot_be_had_are_told_before_anything_is_taught_or_writte
     assert dry_run("qwen2vl_celeb", (teacher,))
     teacher = "teacher={kind: external, source: open_clip/ViT-B-32/openai}"
     with pytest.raises(ModelError, match="cannot be loaded"):
-        run("qwen2vl_celeb", (teacher, "data.people=5"), out=tmp_path / "run")
+        run("qwen2vl_celeb", (teacher, "data={kind: celebs, people: 5, forget: 1, extras: 4}"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr().err == ""
 
