@@ -31,6 +31,7 @@ FLOORS = (
         "losses",
         "output",
         "gradients",
+        "shelf",
         "saliency",
         "pruning",
     ),

@@ -20,7 +20,7 @@ from vkd_framework.losses import RELATIONAL
 from vkd_framework.recipe import Recipe
 from vkd_framework.types import ImageQuestionPair, Photo
 
-Memory = dict[tuple[str, ...], dict[str, Tensor]]
+Memory = Mapping[tuple[str, ...], Mapping[str, Tensor]]
 """Keys of the photos shown together -> layer -> `[R, D]`, on the CPU."""
 
 Look = Callable[[Sequence[str], Iterable[ImageQuestionPair]], Memory]

@@ -20,6 +20,7 @@ from vkd_framework.features import FeatureTap, photo_features, photo_grid, visio
 from vkd_framework.losses import RELATIONAL
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import FeatureTerm, Recipe
+from vkd_framework.shelf import Shelf
 from vkd_framework.substitutes import Look, Memory, substitutes
 from vkd_framework.types import ImageQuestionPair, Splits
 
@@ -41,6 +42,8 @@ class Teacher:
     @property
     def bytes(self) -> int:
         """Memory held by the remembered features; tensors that several layers share count once."""
+        if isinstance(self._memory, Shelf):
+            return self._memory.bytes
         held = {id(rows): rows for photo in self._memory.values() for rows in photo.values()}
         return sum(rows.numel() * rows.element_size() for rows in held.values())
 
@@ -94,7 +97,7 @@ def kept_pairs(splits: Splits) -> list[ImageQuestionPair]:
 
 def watched(mllm: MLLM, layers: Sequence[str], pairs: Iterable[ImageQuestionPair], batch_size: int = BATCH) -> Memory:
     """The features that a model's own visual modules make of the pairs' photos."""
-    memory: Memory = {}
+    memory = Shelf()
     for chunk, inputs, tap in _passes(mllm, layers, pairs, batch_size):
         found = photo_features(mllm, inputs, tap)
         for b, pair in enumerate(chunk):
@@ -110,13 +113,12 @@ def resampled(
     batch_size: int = BATCH,
 ) -> Memory:
     """The features of a foreign model, laid over the rows that `mllm` has at each layer."""
-    memory: Memory = {}
+    memory = Shelf()
     for chunk, inputs, tap in _passes(mllm, layers, pairs, batch_size):
         maps = foreign.see([photo for pair in chunk for photo in pair.photos])
         sizes = [[photo.open().size for photo in pair.photos] for pair in chunk]
         laid: list[tuple[Tensor, Tensor]] = []
-        for pair in chunk:
-            memory[pair.photo_keys] = {}
+        found: list[dict[str, Tensor]] = [{} for _ in chunk]
         for layer in tap.layers:
             grid = photo_grid(mllm, inputs, tap, layer, sizes)
             rows = next((rows for box, rows in laid if torch.equal(box, grid.box)), None)
@@ -124,8 +126,10 @@ def resampled(
                 rows = laid_over(maps, grid).cpu()
                 laid.append((grid.box, rows))
             sample = photo_features(mllm, inputs, tap)[layer.name].sample.cpu()
-            for b, pair in enumerate(chunk):
-                memory[pair.photo_keys][layer.name] = rows[sample == b]
+            for b, own in enumerate(found):
+                own[layer.name] = rows[sample == b]
+        for pair, own in zip(chunk, found, strict=True):
+            memory[pair.photo_keys] = own
     return memory
 
 
