@@ -19,7 +19,7 @@ MODULES = {
 
 FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods", "intervals"),
-    ("checkpoint", "progress", "tiny", "recipe", "generic", "encodings", "plugins"),
+    ("checkpoint", "progress", "ranks", "tiny", "recipe", "generic", "encodings", "plugins"),
     (
         "data",
         "batches",

@@ -1,5 +1,5 @@
 """`python -m vkd_framework`, also for launchers such as `accelerate launch -m vkd_framework`."""
 
-from vkd_framework.cli import main
+from vkd_framework.cli import entry_point
 
-main(prog_name="vkd")
+entry_point()

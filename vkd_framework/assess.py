@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vkd_framework import attacks, data, relearn
+from vkd_framework import attacks, data, ranks, relearn
 from vkd_framework.checkpoint import write_json, write_text
 from vkd_framework.errors import ModelError, RecipeError
 from vkd_framework.layers_table import describe
@@ -125,7 +125,7 @@ def _assessment(
     recipe = load_recipe(reference, overrides)
     adapter = load_adapter(recipe.adapter)
     source = _checkpoint(model, adapter)
-    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if out is not None and ranks.once(lambda: out.exists() and any(out.iterdir() if out.is_dir() else [out])):
         raise RecipeError(f"{out}: exists already; choose another --out")
     if alone:  # nothing to put back, and nothing to compare with
         others = tuple(config for config in recipe.attacks if config.kind != "module_restore")

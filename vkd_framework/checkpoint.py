@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from vkd_framework import ranks
 from vkd_framework.progress import say
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; of several processes, the first one does."""
+    if not ranks.is_main():
+        return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -77,10 +80,10 @@ class Stages:
         stage then counts with the seconds it took there; memory is always this process's own.
         """
         path = self._folder / f"{name}.json"
-        if not path.exists():
+        if not ranks.once(path.exists):
             stage = _timed(work) if shared is None else _shared(shared / f"{name}.json", work)
-            write_json(path, {**stage, "peak_memory_bytes": self._peak_memory()})
-        return read_json(path)["result"]
+            write_json(path, {**stage, "peak_memory_bytes": max(ranks.gather(self._peak_memory()))})
+        return ranks.once(lambda: read_json(path))["result"]
 
     def forget(self, name: str) -> None:
         """Have a stage done again, because a file it left is gone."""
@@ -103,14 +106,21 @@ def _timed(work: Callable[[], Any]) -> dict[str, Any]:
 
 def _shared(path: Path, work: Callable[[], Any]) -> dict[str, Any]:
     """What `_timed` says, done by one process and read by the others, which wait for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
+    with locked(path):
+        if ranks.once(path.exists):
             say(f"{path.stem}: measured before, read from {path.parent}")
         else:
             write_json(path, _timed(work))
-        stage: dict[str, Any] = read_json(path)
+        stage: dict[str, Any] = ranks.once(lambda: read_json(path))
         return stage
+
+
+def locked(path: Path) -> AbstractContextManager[Any]:
+    """A block that one run at a time enters for this path; of a run's processes, the first one holds the lock."""
+    if not ranks.is_main():
+        return nullcontext()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
 
 
 def save_training(
@@ -121,6 +131,8 @@ def save_training(
     history: list[dict[str, Any]],
 ) -> None:
     """Everything that decides how training goes on after `step` steps; batches and rates are functions of the step."""
+    if not ranks.is_main():
+        return
     import torch
 
     state = {
@@ -139,7 +151,7 @@ def load_training(
     """Put a saved state back; returns the steps done and the history. (0, []) when nothing was saved."""
     import torch
 
-    if not path.exists():
+    if not ranks.once(path.exists):
         return 0, []
     state = torch.load(path, weights_only=True)
     with torch.no_grad():

@@ -133,6 +133,7 @@ def main(debug: bool) -> None:
 def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool) -> None:
     """Unlearn what RECIPE says: a file, or the name of a recipe that comes with vkd."""
     with quick_imports():
+        from vkd_framework import ranks
         from vkd_framework import run as runs
         from vkd_framework.report import terminal_table, verdict_text
 
@@ -140,10 +141,12 @@ def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool,
         click.echo(runs.dry_run(recipe, overrides))
         return
 
-    metrics, folder = runs.run(recipe, overrides, out=out, resume=resume)
-    click.echo(terminal_table(metrics))
-    click.echo(f"\nreport: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
-    click.echo(f"\n{verdict_text(metrics)}")
+    with ranks.together():
+        metrics, folder = runs.run(recipe, overrides, out=out, resume=resume)
+        if ranks.is_main():
+            click.echo(terminal_table(metrics))
+            click.echo(f"\nreport: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
+            click.echo(f"\n{verdict_text(metrics)}")
 
 
 MODEL = click.argument("model")
@@ -171,12 +174,14 @@ def evaluate(model: str, recipe: str, overrides: tuple[str, ...], out: Path | No
     unlearned model, beside the recipe's starting model and, where the recipe has one, the retain-only reference.
     """
     with quick_imports():
-        from vkd_framework import assess
+        from vkd_framework import assess, ranks
         from vkd_framework.report import terminal_table, trials_table, verdict_text
 
-    found = assess.evaluate(model, recipe, overrides, out=out, alone=alone)
-    parts = (terminal_table(found), trials_table(found), verdict_text(found))
-    click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(filter(None, parts)))
+    with ranks.together():
+        found = assess.evaluate(model, recipe, overrides, out=out, alone=alone)
+        parts = (terminal_table(found), trials_table(found), verdict_text(found))
+        if ranks.is_main():
+            click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(filter(None, parts)))
 
 
 @main.command()
@@ -193,12 +198,15 @@ def relearn(model: str, recipe: str, overrides: tuple[str, ...], out: Path | Non
     retain-only reference, it is attacked alike, because only what comes back beyond it was hidden instead of erased.
     """
     with quick_imports():
-        from vkd_framework import assess
+        from vkd_framework import assess, ranks
         from vkd_framework.report import paragraph, relearn_table
         from vkd_framework.verdict import hiding
 
-    found = assess.attack(model, recipe, overrides, out=out, alone=alone)
-    click.echo(json.dumps(found, indent=2) if as_json else f"{relearn_table(found)}\n\n{paragraph(hiding(found))}")
+    with ranks.together():
+        found = assess.attack(model, recipe, overrides, out=out, alone=alone)
+        if ranks.is_main():
+            told = f"{relearn_table(found)}\n\n{paragraph(hiding(found))}"
+            click.echo(json.dumps(found, indent=2) if as_json else told)
 
 
 @main.command("inspect-layers")
@@ -375,6 +383,9 @@ def bench(
     was stopped, and several may work on one --out together. A cell that fails does not stop the others; exit status 1
     when one did.
     """
+    from vkd_framework import ranks
+
+    ranks.alone("vkd bench", "start it several times with one --out, and each takes cells of its own")
     with quick_imports():
         from vkd_framework.bench import command
 
@@ -466,7 +477,7 @@ def entry_point() -> None:
     """`vkd`: run the command, then leave at once; tearing torch down at exit takes a second and saves nothing."""
     status: object = 0
     try:
-        main()
+        main(prog_name="vkd")
     except SystemExit as stop:
         status = stop.code
     sys.stdout.flush()

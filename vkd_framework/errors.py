@@ -35,5 +35,9 @@ class ProofError(VKDError):
     """A proof of the run failed: something changed that must not change."""
 
 
+class LostProcessError(VKDError):
+    """Another process of the same run has ended, so that this one cannot go on."""
+
+
 class DivergedError(VKDError):
     """Training ran away: a loss or a gradient is no finite number."""

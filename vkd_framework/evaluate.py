@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from vkd_framework import ranks
 from vkd_framework.answers import is_right
 from vkd_framework.intervals import wilson
 from vkd_framework.losses import answer_cross_entropy
@@ -98,9 +100,9 @@ def _written(
     mllm: MLLM, pairs: Sequence[ImageQuestionPair], config: EvaluateConfig, *, what: str
 ) -> list[tuple[str, bool]]:
     """For each pair: the greedy answer, and whether the token limit cut it off."""
-    written: list[tuple[str, bool]] = []
     stop_ids = torch.tensor(mllm.stop_ids, device=mllm.device)
-    for chunk in Progress(_chunks(pairs, config.batch_size), what):
+    written: list[list[tuple[str, bool]]] = []
+    for chunk in Progress(ranks.part(_chunks(pairs, config.batch_size)), what):
         inputs = mllm.tokenize(chunk, with_answer=False, padding_side="left").inputs
         out = mllm.model.generate(
             **inputs,
@@ -112,8 +114,8 @@ def _written(
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = mllm.processor.batch_decode(new, skip_special_tokens=True)
         cut = (~torch.isin(new, stop_ids).any(dim=1)).tolist()
-        written += [(text.strip(), unfinished) for text, unfinished in zip(texts, cut, strict=True)]
-    return written
+        written.append([(text.strip(), unfinished) for text, unfinished in zip(texts, cut, strict=True)])
+    return [answer for answers in ranks.in_order(written) for answer in answers]
 
 
 @torch.inference_mode()
@@ -122,11 +124,12 @@ def option_losses(
 ) -> list[dict[str, float]]:
     """For each pair: option -> mean cross-entropy of the option's tokens; the right answer is always among them."""
     asked = [(i, option) for i, pair in enumerate(pairs) for option in dict.fromkeys((*pair.options, pair.answer))]
+    found: list[list[float]] = []
+    for chunk in Progress(ranks.part(_chunks(asked, config.batch_size)), what):
+        found.append(answer_losses(mllm, [_with_answer(pairs[i], option) for i, option in chunk]).tolist())
     losses: list[dict[str, float]] = [{} for _ in pairs]
-    for chunk in Progress(_chunks(asked, config.batch_size), what):
-        rows = [_with_answer(pairs[i], option) for i, option in chunk]
-        for (i, option), loss in zip(chunk, answer_losses(mllm, rows).tolist(), strict=True):
-            losses[i][option] = loss
+    for (i, option), loss in zip(asked, chain.from_iterable(ranks.in_order(found)), strict=True):
+        losses[i][option] = loss
     return losses
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from vkd_framework import losses
+from vkd_framework import losses, ranks
 from vkd_framework.answers import refused, relabelled
 from vkd_framework.errors import RecipeError
 from vkd_framework.output import answer_logits
@@ -77,15 +78,15 @@ class ForgetOutput:
     @torch.no_grad()
     def _cross_entropies(self, mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> dict[str, float]:
         """Pair id -> mean cross-entropy of its answer's tokens."""
-        found: dict[str, float] = {}
-        for start in range(0, len(pairs), self._batch_size):
+        found: list[list[float]] = []
+        for start in ranks.part(range(0, len(pairs), self._batch_size)):
             chunk = pairs[start : start + self._batch_size]
             batch = mllm.tokenize(chunk)
             answer = self.tokens(batch)
             logits = answer_logits(mllm.model, batch.inputs, answer)
             mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
-            found |= dict(zip((pair.id for pair in chunk), mean.tolist(), strict=True))
-        return found
+            found.append(mean.tolist())
+        return dict(zip((pair.id for pair in pairs), chain.from_iterable(ranks.in_order(found)), strict=True))
 
 
 def about_others(splits: Splits, seed: int) -> list[ImageQuestionPair]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vkd_framework import losses
+from vkd_framework import losses, ranks
 from vkd_framework.alignment import parameters_of
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.forgetting import ForgetOutput
@@ -46,6 +46,9 @@ class Objective:
     vocabulary and each answer token. `reference` loads the retain-only model, for forms that compare with it,
     and `ignorant` the model of `teacher.kind: ignorant`. A linear map to a foreign teacher's channels learns from the
     attract term alone: by the repel term it would learn to miss.
+
+    Of several processes each looks at its share of the pairs, and gives what that contributes to the loss and the terms
+    of all: the sums over the processes are those of one that looks at every pair.
     """
 
     def __init__(
@@ -78,18 +81,19 @@ class Objective:
         """Weighted sum of the forget terms, and each term before weighting."""
         terms = {}
         output = self._forget_output
-        pairs = output.targets(pairs)
+        of_pairs, of_compared = _weights(pairs, [True] * len(pairs))
+        pairs = output.targets(ranks.share(pairs))
         asked = output.tokens if output.weight else None
         batch, distance, logits = self._forward(pairs, [True] * len(pairs), self._repel, asked)
         loss = torch.zeros((), device=self._mllm.device)
         if logits is not None:
             term, cross_entropy = output.loss(pairs, batch, logits)
-            loss = loss + output.weight * term
-            terms["forget_output"] = cross_entropy.mean().item()
+            loss = loss + of_pairs * output.weight * term
+            terms["forget_output"] = of_pairs * cross_entropy.mean().item()
         if distance is not None:
             term = losses.repel(distance, self._repel_cap) if self._moves_away else losses.attract(distance)
-            loss = loss + self._repel.weight * term
-            terms["repel"] = distance.mean().item()
+            loss = loss + of_compared * self._repel.weight * term
+            terms["repel"] = of_compared * distance.mean().item()
         return loss, terms
 
     def retain(self, pairs: Sequence[ImageQuestionPair]) -> tuple[Tensor, dict[str, float]]:
@@ -100,21 +104,24 @@ class Objective:
         if not (output.weight or divergence.weight or self._attract.weight):
             return loss, terms
         kept = [not self._splits.shows_forgotten(pair) for pair in pairs]
+        of_pairs, of_compared = _weights(pairs, kept)
+        whole, pairs, kept = pairs, ranks.share(pairs), ranks.share(kept)
         asked = _answers if output.weight or divergence.weight else None
         batch, distance, logits = self._forward(pairs, kept, self._attract, asked)
         if logits is not None and output.weight:
             cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], _answers(batch))
-            loss = loss + output.weight * cross_entropy.mean()
-            terms["retain_output"] = cross_entropy.mean().item()
+            loss = loss + of_pairs * output.weight * cross_entropy.mean()
+            terms["retain_output"] = of_pairs * cross_entropy.mean().item()
         if logits is not None and self._vanilla is not None:
             with torch.no_grad():
                 before = answer_logits(self._vanilla.model, batch.inputs, _answers(batch))
             apart = losses.kl_divergence(before, logits)
-            loss = loss + divergence.weight * apart
-            terms["retain_kl"] = apart.item()
+            of_tokens = ranks.weight_of(len(logits), whole)
+            loss = loss + of_tokens * divergence.weight * apart
+            terms["retain_kl"] = of_tokens * apart.item()
         if distance is not None:
-            loss = loss + self._attract.weight * losses.attract(distance)
-            terms["attract"] = distance.mean().item()
+            loss = loss + of_compared * self._attract.weight * losses.attract(distance)
+            terms["attract"] = of_compared * distance.mean().item()
         return loss, terms
 
     def _forward(
@@ -163,6 +170,12 @@ class Objective:
         mapped = recipe.teacher.kind == "external" and term.distance not in losses.RELATIONAL
         distance = losses.DISTANCES[term.distance]
         return _Term(term.weight, layers_of(term, recipe), distance, teacher, mapped, learning)
+
+
+def _weights(pairs: Sequence[ImageQuestionPair], compared: Sequence[bool]) -> tuple[float, float]:
+    """What this process's means over its pairs, and over its compared photos, weigh among those of all processes."""
+    photos = [bool(pair.photos) and wanted for pair, wanted in zip(pairs, compared, strict=True)]
+    return ranks.weight([True] * len(pairs)), ranks.weight(photos)
 
 
 def _answers(batch: EncodedBatch) -> Tensor:

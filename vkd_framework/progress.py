@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from vkd_framework import ranks
+
 T = TypeVar("T")
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 15.0
@@ -27,6 +29,8 @@ class Progress(Generic[T]):
         self.note = ""
 
     def __iter__(self) -> Iterator[T]:
+        if not ranks.is_main():
+            return iter(self._items)
         return self._bar() if sys.stderr.isatty() else self._lines()
 
     def _bar(self) -> Iterator[T]:
@@ -50,14 +54,22 @@ class Progress(Generic[T]):
 
 
 def say(text: str) -> None:
-    """A line about what is happening, on stderr (stdout is for results) and in the run's log."""
+    """A line about what is happening, on stderr (stdout is for results) and in the run's log.
+
+    Of several processes, the first one says it.
+    """
+    if not ranks.is_main():
+        return
     print(text, file=sys.stderr, flush=True)
     LOG.info(text)
 
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Within the block, keep what is said in a file as well, with times."""
+    """Within the block, keep what is said in a file as well, with times; of several processes, the first one does."""
+    if not ranks.is_main():
+        yield
+        return
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     LOG.addHandler(handler)

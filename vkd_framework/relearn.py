@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
+from vkd_framework import ranks
 from vkd_framework.batches import Batches
 from vkd_framework.errors import RecipeError
-from vkd_framework.evaluate import right_answers
+from vkd_framework.evaluate import answer_losses, right_answers
 from vkd_framework.intervals import clustered
-from vkd_framework.losses import answer_cross_entropy
-from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig
@@ -136,12 +135,12 @@ def relearn(
     batches = Batches(known, config.batch_size, seed)
     right = []
     for step in Progress(range(max(config.steps)), what):
-        batch = copied.tokenize(batches.batch(step))
-        answer = batch.labels != -100
-        logits = answer_logits(copied.model, batch.inputs, answer)
-        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).mean()
+        pairs = batches.batch(step)
+        loss = answer_losses(copied, ranks.share(pairs)).mean()
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        if loss.requires_grad:  # text alone meets nothing that is tuned, where only visual modules are
+            torch.autograd.backward(loss * ranks.weight([True] * len(pairs)))
+        ranks.add_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
         if step + 1 in config.steps:

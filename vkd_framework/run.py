@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import yaml
 from pydantic import ValidationError
 
 import vkd_framework
-from vkd_framework import attacks, data, external, methods, proofs, pruning, relearn, report, saliency
+from vkd_framework import attacks, data, external, methods, proofs, pruning, ranks, relearn, report, saliency
 from vkd_framework.answers import changed_text, degenerate_shares, guessed
 from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
@@ -61,14 +61,14 @@ def run(
 ) -> tuple[dict[str, Any], Path]:
     """Do the whole run; returns its metrics and its folder. Nothing is written before everything is checked."""
     recipe, adapter = checked(reference, overrides)
-    folder = _run_folder(recipe, out, resume)
+    folder = ranks.once(lambda: _run_folder(recipe, out, resume))
     splits = data.load(recipe.data)
     relearn.attackers(recipe.relearn, splits)
     if recipe.teacher.kind == "external" and recipe.distilled:
         # weights that cannot be had are told before anything is taught
         external.load(recipe.teacher, torch.device("cpu"), recipe.seed)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        ranks.once(lambda: folder.mkdir(parents=True, exist_ok=True))
     except OSError as error:
         raise RecipeError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
     with log_to(folder / "log.txt"):
@@ -212,8 +212,8 @@ class Run:
         recipe, splits = self.recipe, self.splits
         if not self._has_mask:
             return
-        if not (self.folder / "mask.safetensors").exists():
-            self.stages.forget("mask")
+        if not ranks.once((self.folder / "mask.safetensors").exists):
+            ranks.once(lambda: self.stages.forget("mask"))
 
         def work() -> dict[str, Any]:
             mllm = self._load(vanilla)
@@ -240,7 +240,7 @@ class Run:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             }
-            saliency.save_mask(self.folder / "mask.safetensors", mask, versions)
+            ranks.once(lambda: saliency.save_mask(self.folder / "mask.safetensors", mask, versions))
             return {"weights": kept}
 
         self.stages.run("mask", work)
@@ -275,8 +275,7 @@ class Run:
                 else:
                     source = self._retain_only()
                     taught_for, mllm = teaching_seconds(source), self._load(source)
-            with atomic_folder(self.folder / "model") as temporary:
-                save(mllm, temporary)
+            ranks.once(partial(self._save, mllm))
             after = proofs.witness(mllm, asked, list(parameters), mask)
             outcome = {
                 "trainable_parameters": mllm.count(recipe.train),
@@ -286,12 +285,16 @@ class Run:
             trained = list(parameters)
             del mllm, parameters
             reloaded = proofs.witness(self._load(str(self.folder / "model")), asked, trained, mask)
-            resume.unlink(missing_ok=True)
+            ranks.once(lambda: resume.unlink(missing_ok=True))
             compared = proofs.compare(before, after, reloaded, masked=masked)
             return {**outcome, "teaching_seconds": taught_for, "proofs": compared}
 
         result: dict[str, Any] = self.stages.run("unlearn", work)
         return result
+
+    def _save(self, mllm: MLLM) -> None:
+        with atomic_folder(self.folder / "model") as temporary:
+            save(mllm, temporary)
 
     def _retain_only(self) -> str:
         return starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=False)
@@ -509,6 +512,7 @@ def environment(device: str) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "processes": ranks.size(),
     }
 
 

@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from vkd_framework import ranks
 from vkd_framework.checkpoint import atomic_path
 from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.gradients import as_gradients_come
@@ -68,6 +69,9 @@ def add_up(
     """
     chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     reached: set[str] = set()
+    if not ranks.is_main():  # what is in it already counts once
+        for one in total.values():
+            one.zero_()
 
     def take(name: str, gradient: Tensor) -> None:
         if name not in reached and bool(gradient.any()):
@@ -79,14 +83,15 @@ def add_up(
             total[name].add_(gradient, alpha=1 / len(chunks))
 
     with torch.enable_grad(), as_gradients_come(parameters, take):
-        for chunk in Progress(chunks, what):
+        for chunk in Progress(ranks.part(chunks), what):
             batch = mllm.tokenize(chunk)
             answer = batch.labels != -100
             logits = answer_logits(mllm.model, batch.inputs, answer)
             loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).mean()
             if loss.requires_grad:  # text alone meets nothing that is trained, where only visual modules are
                 torch.autograd.backward(loss, inputs=list(parameters.values()))
-    return reached
+    ranks.add(total, total)
+    return set().union(*ranks.gather(reached))
 
 
 def build_mask(

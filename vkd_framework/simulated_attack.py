@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from vkd_framework import ranks
 from vkd_framework.batches import Batches
 from vkd_framework.gradients import as_gradients_come
 from vkd_framework.losses import answer_cross_entropy
@@ -71,33 +73,39 @@ class SimulatedAttacker:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def add_gradient(self, step: int, weight: float) -> float:
-        """Make the attack's next step; returns the mean CE before it.
+        """Make the attack's next step; returns the mean CE before it, of several processes each one's contribution.
 
         `weight` times the gradient of `- mean min(CE, cap)` before that step is added to the student's, but not during
         the attack's first steps: near the student's own weights it is the forget terms that say how far to go.
         """
         if step >= self._end or step // self._restart_every != self._begin // self._restart_every:
             self._start(step)
-        batch = self._mllm.tokenize(self.batches.batch(step - self._begin))
+        pairs = self.batches.batch(step - self._begin)
+        share = ranks.weight([True] * len(pairs))
+        batch = self._mllm.tokenize(ranks.share(pairs))
         student = {name: self._attacked(name, parameter) for name, parameter in self._student.items()}
         logits = answer_logits(self._mllm.model, batch.inputs, batch.content, {**self._own, **student})
         cross_entropy = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
-        counts = step - self._begin >= self._config.head_start
+        reached = cross_entropy.requires_grad  # text alone meets nothing that he tunes, where only visual modules are
+        counts = reached and step - self._begin >= self._config.head_start
         above = cross_entropy.detach() > self._config.cap
         if counts and bool(above.any()):
             capped = cross_entropy.clamp(max=self._config.cap).mean()
-            self._push(_gradient(capped, student), weight)
+            self._push(_gradient(capped, student), share * weight)
             counts = False
         t = step - self._begin + 1
-        with as_gradients_come(self._own, lambda name, g: self._move(name, g, t)):
-            torch.autograd.backward(cross_entropy.mean(), inputs=[*self._own.values(), *student.values()])
+        waiting: dict[str, Tensor] = {}  # of several processes, until the others' gradients are added
+        use = partial(self._move, t) if ranks.size() == 1 else waiting.__setitem__
+        with as_gradients_come(self._own, use):
+            if reached:
+                torch.autograd.backward(share * cross_entropy.mean(), inputs=[*self._own.values(), *student.values()])
         downward = {name: leaf.grad for name, leaf in student.items() if leaf.grad is not None}
         if counts:
             self._push(downward, weight)
-        for name, g in downward.items():
-            if name in self._delta:
-                self._move(name, g, t)
-        return float(cross_entropy.detach().mean())
+        waiting |= {name: g for name, g in downward.items() if name in self._delta}
+        for name, g in ranks.add(waiting, {**self._delta, **self._own}).items():
+            self._move(t, name, g)
+        return float(share * cross_entropy.detach().mean())
 
     def _start(self, step: int) -> None:
         """A new attack from the student's weights of this moment: its scope, its length and its batches are drawn."""
@@ -125,7 +133,7 @@ class SimulatedAttacker:
                 parameter.grad.add_(g, alpha=-weight)
 
     @torch.no_grad()
-    def _move(self, name: str, g: Tensor, t: int) -> None:
+    def _move(self, t: int, name: str, g: Tensor) -> None:
         """One parameter's part in the attacker's Adam step number `t`."""
         mean, square = self._moments[name]
         mean.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])

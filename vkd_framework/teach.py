@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from vkd_framework import ranks
 from vkd_framework.batches import MixedBatches
 from vkd_framework.checkpoint import load_training, save_training
 from vkd_framework.losses import answer_cross_entropy
@@ -45,16 +46,18 @@ def teach(
             save_training(resume, step, parameters, optimizer, [])
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * one_cycle(step, config.steps)
-        batch = mllm.tokenize(batches.batch(step))
+        pairs = batches.batch(step)
+        batch = mllm.tokenize(ranks.share(pairs))
         logits = mllm.model(**batch.inputs).logits
         loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss * ranks.weight([True] * len(pairs)))
+        ranks.add_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
         progress.note = f"loss {loss.item():.3f}"
     mllm.model.requires_grad_(False)
-    resume.unlink(missing_ok=True)
+    ranks.once(lambda: resume.unlink(missing_ok=True))
 
 
 def sizes(config: TeachConfig) -> dict[str, int]:

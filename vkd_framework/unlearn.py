@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vkd_framework import ranks
 from vkd_framework.batches import Batches, MixedBatches, shared_out
 from vkd_framework.checkpoint import load_training, save_training
 from vkd_framework.errors import DivergedError, RecipeError
@@ -111,13 +112,14 @@ class Stepper:
         phase, held = phase_at(step, config), self._floor.holds(step)
         self.optimizer.zero_grad(set_to_none=True)
         forget_loss, forget_terms = objective.forget(self._forget.batch(step))
-        if not forget_loss.requires_grad:
+        if not any(ranks.gather(forget_loss.requires_grad)):
             raise RecipeError(
                 f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
                 "train what lies before losses.repel.layers, or give losses.forget_output a weight"
             )
         strength = config.phases[phase].forget if held else 0.0
-        torch.autograd.backward(strength * forget_loss)
+        if forget_loss.requires_grad:
+            torch.autograd.backward(strength * forget_loss)
         if attacked := strength * recipe.simulated_attack.weight:
             forget_terms["attacked"] = self.attacker.add_gradient(step, attacked)
         if mask and recipe.mask.scope == "forget":
@@ -127,8 +129,9 @@ class Stepper:
             torch.autograd.backward(retain_loss)
         if mask and recipe.mask.scope == "all":
             mask_gradients(parameters, mask)
+        ranks.add_gradients(self.learned)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-        terms = {**forget_terms, **retain_terms}
+        terms = ranks.totals({**forget_terms, **retain_terms})
         check_finite(step, {**terms, "the gradient": float(norm)})
         self.optimizer.step()
         if mask and recipe.mask.scope == "all":

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from filelock import FileLock
 from torch import Tensor
 
+from vkd_framework import ranks
 from vkd_framework.cache import cache_folder
-from vkd_framework.checkpoint import atomic_folder, read_json, write_json
+from vkd_framework.checkpoint import atomic_folder, locked, read_json, write_json
 from vkd_framework.errors import RecipeError
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.progress import say
@@ -61,16 +61,14 @@ def starting_model(
         ]
     )
     folder = cache_folder() / "taught" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+    with locked(folder):
+        if not ranks.once(folder.exists):
             what = "teach the vanilla model" if knows_forgotten else "teach the retain-only reference"
             say(f"{what}: {recipe.teach.steps} steps on {len(pairs):,} pairs, once; then kept in {folder}")
             begin = time.perf_counter()
             teach(untaught, groups, recipe.teach, what=what, resume=Path(f"{folder}.partial.pt"))
-            with atomic_folder(folder) as temporary:
-                save(untaught, temporary)
-                write_json(temporary / TEACHING, {"seconds": time.perf_counter() - begin})
+            seconds = time.perf_counter() - begin
+            ranks.once(lambda: _keep(untaught, folder, seconds))
     return str(folder)
 
 
@@ -83,11 +81,22 @@ def teaching_seconds(source: str) -> float | None:
 
 
 def device_of(recipe: Recipe) -> str:
-    """The device of the recipe, `auto` resolved. Raises RecipeError for a GPU that torch does not see."""
+    """The device of the recipe, `auto` resolved; of several processes on a machine, each takes a GPU of its own.
+
+    Raises RecipeError for a GPU that torch does not see.
+    """
     wanted = recipe.model.device
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"model.device: {wanted} was asked for, but torch sees no GPU; use auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if ranks.size() == 1 or device == "cpu":
+        return device
+    if device != "cuda" or ranks.local() >= torch.cuda.device_count():
+        raise RecipeError(
+            f"model.device: {device} cannot be shared by {ranks.size()} processes, each needs a GPU of its own and "
+            f"torch sees {torch.cuda.device_count()}; use auto, and launch no more processes than GPUs"
+        )
+    return f"cuda:{ranks.local()}"
 
 
 def save(mllm: MLLM, folder: Path) -> None:
@@ -116,6 +125,12 @@ def content_hash(pairs: Sequence[ImageQuestionPair]) -> str:
                 seen.add(photo.key)
                 sha.update(photo.open().tobytes())
     return sha.hexdigest()
+
+
+def _keep(taught: MLLM, folder: Path, seconds: float) -> None:
+    with atomic_folder(folder) as temporary:
+        save(taught, temporary)
+        write_json(temporary / TEACHING, {"seconds": seconds})
 
 
 def _all(groups: Mapping[str, Sequence[ImageQuestionPair]]) -> list[ImageQuestionPair]:

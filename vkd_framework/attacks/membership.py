@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vkd_framework import ranks
 from vkd_framework.attacks.statistics import auc
 from vkd_framework.attacks.target import Target
 from vkd_framework.evaluate import option_losses
@@ -94,16 +95,18 @@ def likelihoods(
     mllm: MLLM, pairs: Sequence[ImageQuestionPair], lowest: float, batch_size: int, what: str
 ) -> list[Likelihood]:
     """How likely each pair's answer is, over its content tokens."""
-    found = []
-    for start in Progress(range(0, len(pairs), batch_size), what):
+    found: list[list[Likelihood]] = []
+    for start in Progress(ranks.part(range(0, len(pairs), batch_size)), what):
+        here = []
         batch = mllm.tokenize(pairs[start : start + batch_size])
         logits = answer_logits(mllm.model, batch.inputs, batch.content)
         sample, position = batch.content.nonzero(as_tuple=True)
         log_probability, standardised = token_scores(logits, batch.inputs["input_ids"][sample, position])
         for b in range(len(batch.content)):
             own, scores = log_probability[sample == b], standardised[sample == b]
-            found.append(Likelihood(own.mean().item(), mean_of_lowest(own, lowest), mean_of_lowest(scores, lowest)))
-    return found
+            here.append(Likelihood(own.mean().item(), mean_of_lowest(own, lowest), mean_of_lowest(scores, lowest)))
+        found.append(here)
+    return [likelihood for here in ranks.in_order(found) for likelihood in here]
 
 
 def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

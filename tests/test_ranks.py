@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_worker import RECIPES, everything
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one of several processes ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def begun(count: int, command: Sequence[str], **environment: str) -> list[subprocess.Popen[str]]:
+    """Start several processes as a launcher would, but without one: it takes seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=HERE,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        found.append(Ended(process.returncode, out, err))
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
+    """What one process found, what each of two found, and the folder of the two."""
+    folder = tmp_path_factory.mktemp("two")
+    two = begun(2, ["rank_worker.py", str(folder)])
+    one = everything(tmp_path_factory.mktemp("one"))
+    assert [(end.status, end.err) for end in ended(two) if end.status] == []
+    return one, [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(2)], folder
+
+
+def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_and_one_unlearn_the_same_however_batches_divide(both: Any, name: str) -> None:
+    one, two, _ = both
+    assert apart(one[name]["weights"], two[0][name]["weights"]) < 1e-4
+    for alone, shared in zip(one[name]["history"], two[0][name]["history"], strict=True):
+        assert set(alone) == set(shared)
+        for key in alone:
+            assert shared[key] == pytest.approx(alone[key], rel=1e-4, abs=2e-6), key
+
+
+def test_all_processes_hold_the_same_weights_bit_for_bit(both: Any) -> None:
+    _, two, _ = both
+    for name in RECIPES:
+        assert apart(two[0][name]["weights"], two[1][name]["weights"]) == 0
+        assert two[0][name]["history"] == two[1][name]["history"]
+    assert apart(two[0]["taught"], two[1]["taught"]) == 0
+
+
+def test_two_processes_teach_what_one_teaches(both: Any) -> None:
+    one, two, _ = both
+    assert apart(one["taught"], two[0]["taught"]) < 1e-3
+
+
+def test_saliency_is_the_sum_over_all_batches_and_the_mask_the_same(both: Any) -> None:
+    one, two, _ = both
+    for name, score in one["saliency"]["scores"].items():
+        torch.testing.assert_close(two[0]["saliency"]["scores"][name], score, rtol=1e-4, atol=1e-9)
+    mask = {name: m.float() for name, m in one["saliency"]["mask"].items()}
+    flipped = sum(float((two[0]["saliency"]["mask"][name].float() - m).abs().sum()) for name, m in mask.items())
+    assert flipped <= 1e-3 * sum(m.numel() for m in mask.values())
+    assert apart(two[0]["saliency"]["mask"], two[1]["saliency"]["mask"]) == 0
+
+
+def test_answers_and_figures_are_gathered_in_order_and_identical(both: Any) -> None:
+    one, two, _ = both
+    assert two[0]["answers"].keys() == one["answers"].keys()
+    for column, (cell, answers, cut) in one["answers"].items():
+        shared = two[0]["answers"][column]
+        assert {**shared[0], "interval_95": None} == pytest.approx({**cell, "interval_95": None})
+        assert shared[1:] == [answers, cut]
+    assert two[0]["answers"] == two[1]["answers"]
+    assert two[0]["curve"] == two[1]["curve"] == one["curve"]
+
+
+def test_processes_that_were_stopped_and_went_on_end_like_others(both: Any) -> None:
+    for found in both[1]:
+        assert found["resumed"] == {"history": True, "weights": True}
+
+
+def test_a_stage_is_done_by_all_written_once_and_counts_the_largest_memory(both: Any) -> None:
+    one, two, folder = both
+    assert one["stage"] == [0, 10]
+    assert two[0]["stage"] == two[1]["stage"] == [0, 1, 11]
+    assert [path.name for path in (folder / "stages").iterdir()] == ["first.json"]
+
+
+FAILS_ON_ONE = """
+import sys
+from vkd_framework import data, ranks
+from vkd_framework.cli import entry_point
+from vkd_framework.errors import DataError
+load = data.load
+def broken(config):
+    if ranks.rank() == 1:
+        raise DataError("row 7: no such photo; mend the row")
+    ranks.once(lambda: None)
+    return load(config)
+data.load = broken
+sys.argv = ["vkd", "run", *sys.argv[1:]]
+entry_point()
+"""
+
+
+def lines_of(ends: Sequence[Ended]) -> list[str]:
+    return [line for end in ends for line in (end.out + end.err).splitlines()]
+
+
+def test_an_error_in_one_process_ends_all_with_its_line_alone(tmp_path: Path) -> None:
+    ends = ended(begun(2, ["-c", FAILS_ON_ONE, "qwen2vl_celeb", "--out", str(tmp_path / "run")]))
+    assert lines_of(ends) == ["error: row 7: no such photo; mend the row"]
+    assert [end.status for end in ends] == [1, 2]
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.slow
+def test_an_error_that_all_processes_make_is_told_once() -> None:
+    ends = ended(begun(2, ["-m", "vkd_framework", "run", "qwen2vl_celeb", "--set", "unlearn.steps=-1"]))
+    assert len(lines_of(ends)) == 1
+    assert "unlearn.steps" in lines_of(ends)[0]
+    assert [end.status for end in ends] == [2, 2]
