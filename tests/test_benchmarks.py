@@ -410,8 +410,12 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (folder / "full.json").write_text("[{")
     assert "is neither JSON nor JSON lines" in refusal("fiubench", folder)
     folder = write_fiubench(tmp_path / "c", fiubench())
+    whole = (folder / "SFHQ.zip").read_bytes()
     (folder / "SFHQ.zip").write_bytes(b"PK")
     assert "is no readable zip file" in refusal("fiubench", folder)
+    middle = whole.index(b"PNG") + 40 if b"PNG" in whole else 200
+    (folder / "SFHQ.zip").write_bytes(whole[:middle] + bytes(20) + whole[middle + 20 :])
+    assert "SFHQ.zip is damaged at" in (said := refusal("fiubench", folder)) and "get it again with" in said
     (folder / "split.json").write_text('{"forget1": []}')
     assert "split.json has no list 'forget5', only forget1" in refusal("fiubench", folder)
 

@@ -97,6 +97,7 @@ WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "dry run of a broken recipe": (["run", RECIPE, "--dry-run", "--set", "seed=x"], ("seed", "'x'")),
     "validate": (["recipes", "validate", RECIPE, "--set", "seed=x"], ("seed", "'x'")),
     "copy of nothing": (["recipes", "copy", "nothing"], ("nothing: no such recipe",)),
+    "a name longer than files may have": (["inspect-layers", "a" * 400], ("aaaa", "preset")),
     "no such model": (["inspect-layers", "Qwen/Qwen2-VL-7B-Instuct"], ("Instuct", f"did you mean '{PRESET}'?")),
     "no such tiny model": (["inspect-layers", "tiny:qwen"], ("'qwen'", "did you mean 'qwen_vl'?")),
     "tiny of nobody": (["inspect-layers", "tiny"], ("tiny:qwen_vl",)),

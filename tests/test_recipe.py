@@ -143,6 +143,11 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"losses": {"forget_output": {"weight": 0}, "repel": {"weight": 0}}},
         ("nothing would be forgotten", "losses.forget_output.weight", "losses.repel.weight"),
     ),
+    "no way out of the teacher": (
+        {"losses": {"forget_output": {"weight": 0}, "retain_output": {"weight": 0}, "repel": {"weight": 1}}}
+        | {"simulated_attack": {"weight": 0}},
+        ("nothing would move", "losses.repel.target to mean, stranger or noise"),
+    ),
     "no teaching": ({"teach": None}, ("model.source: tiny", "`teach`")),
     "no teaching for the reference": (
         {"teach": None, "model": {"source": "a/b"}, "reference": "retain_only"},
@@ -240,6 +245,11 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"qwen2vl_celebs: no such recipe file; did you mean 'qwen2vl_celeb'\?"):
         find_recipe("qwen2vl_celebs")
+
+
+def test_a_name_longer_than_files_may_have_is_no_recipe() -> None:
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        find_recipe("a" * 400)
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the run's unlearned model.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -143,6 +144,6 @@ def _checkpoint(model: str, adapter: Adapter) -> str:
             f"{model}: a tiny model has no checkpoint before a recipe teaches it; give a folder or a hub id"
         )
     inside = Path(model) / "model"
-    source = str(inside) if (inside / "config.json").is_file() else model
+    source = str(inside) if os.path.isfile(inside / "config.json") else model
     describe(source, adapter)
     return source

@@ -41,3 +41,8 @@ class LostProcessError(VKDError):
 
 class DivergedError(VKDError):
     """Training ran away: a loss or a gradient is no finite number."""
+
+
+def on_one_line(error: BaseException) -> str:
+    """The error's message with every run of blanks and line breaks as one blank."""
+    return " ".join(str(error).split())

@@ -7,11 +7,11 @@ the whole photo.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def check(config: TeacherConfig) -> None:
     if name not in known:
         raise RecipeError(f"teacher.source: open_clip has no model {name!r}{nearest(name, known)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if config.weights == "random" or tag in tags or (tag and Path(tag).is_file()):
+    if config.weights == "random" or tag in tags or (tag and os.path.isfile(tag)):
         return
     problem = f"open_clip has no weights {tag!r} of {name}{nearest(tag, tags)}" if tag else "name the weights"
     raise RecipeError(

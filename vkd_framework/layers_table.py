@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import socket
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,7 @@ def _contents(source: str, adapter: Adapter | None) -> tuple[Mapping[str, Any] |
 
     The contents are None for what only the hub can know.
     """
-    if Path(source).exists():
+    if os.path.exists(source):
         path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
         return (_read_config(path) if path.is_file() else None), adapter
     wanted = source.lower()

@@ -18,7 +18,7 @@ import pluggy
 
 from vkd_framework import hookspecs
 from vkd_framework.encodings import Encodings, fingerprint
-from vkd_framework.errors import AdapterError, ModelError, RecipeError
+from vkd_framework.errors import AdapterError, ModelError, RecipeError, on_one_line
 from vkd_framework.generic import GenericPlugin
 from vkd_framework.hookspecs import PROJECT
 from vkd_framework.recipe import nearest
@@ -149,7 +149,7 @@ class Adapter:
             self._manager.register(plugin, name=name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise AdapterError(f"{self._who}: {_one_line(error)}{self._nearest_hook(plugin)}") from error
+            raise AdapterError(f"{self._who}: {on_one_line(error)}{self._nearest_hook(plugin)}") from error
         except Exception as error:  # pluggy reads every attribute of a plugin, and reading may raise
             raise AdapterError(f"{self._who} cannot be registered: {_told(error)}") from error
         if unmarked := self._unmarked(plugin):
@@ -418,13 +418,9 @@ def _is_list_of(kind: type, answer: object) -> bool:
     )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 def _told(error: BaseException) -> str:
     """`KeyError: 'x'`, or the type alone where the error says nothing."""
-    return f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
+    return f"{type(error).__name__}: {on_one_line(error)}".removesuffix(": ")
 
 
 def _mend_of_import(error: BaseException, installed: Installed) -> str:

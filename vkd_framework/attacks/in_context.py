@@ -14,6 +14,7 @@ from typing import Any
 
 from vkd_framework.answers import normalise
 from vkd_framework.attacks.target import NotPossibleError, Target
+from vkd_framework.errors import on_one_line
 from vkd_framework.recipe import InContextAttack
 from vkd_framework.types import ImageQuestionPair
 
@@ -30,7 +31,7 @@ def attack(config: InContextAttack, target: Target) -> dict[str, Any]:
     try:
         target.mllm.tokenize(prompted[:1], with_answer=False)
     except Exception as error:  # whatever a family's processor raises when it does not take several photos
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = on_one_line(error) or type(error).__name__
         raise NotPossibleError(f"the model does not take several photos: {reason}") from error
     return {"exact_match": target.exact_match(target.mllm, prompted), "questions": len(prompted)}
 

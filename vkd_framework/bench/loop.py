@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from vkd_framework import run as runs
 from vkd_framework.bench.cells import Cell
 from vkd_framework.checkpoint import write_text
-from vkd_framework.errors import VKDError
+from vkd_framework.errors import VKDError, on_one_line
 from vkd_framework.progress import say
 
 PRELOADED = [__name__, "transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto"]
@@ -100,7 +100,7 @@ def _do(cell: Cell) -> tuple[Outcome, str]:
         reason = str(error)
     except Exception as error:
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {on_one_line(error)}"
     else:
         return "done", ""
     write_text(cell.error, f"{reason}\n")

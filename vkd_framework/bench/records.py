@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from vkd_framework.checkpoint import read_json
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import RecipeError, on_one_line
 from vkd_framework.report.findings import proof_rows
 from vkd_framework.report.formatting import flatten
 
@@ -91,7 +91,7 @@ def read(folder: Path) -> Record:
     except FileNotFoundError:
         raise RecipeError(f"{folder}: holds no finished run (no {METRICS}); go on with it: vkd run --resume") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{folder / METRICS}: cannot be read ({' '.join(str(error).split())})") from None
+        raise RecipeError(f"{folder / METRICS}: cannot be read ({on_one_line(error)})") from None
     if not isinstance(metrics, dict) or not isinstance(metrics.get("models"), dict) or "method" not in metrics:
         raise RecipeError(f"{folder / METRICS}: is not the metrics of a run; give folders that `vkd run` has made")
     return Record(folder, metrics, _settings(folder))

@@ -8,7 +8,9 @@ keywords that are published for it.
 
 from __future__ import annotations
 
+import os
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vkd_framework.data.published import Benchmark, Reader, Row, columns_of, open_benchmark, required, with_wrong
-from vkd_framework.errors import DataError
+from vkd_framework.errors import DataError, on_one_line
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import FiuBenchData
 from vkd_framework.types import ImageQuestionPair, Photo, Splits
@@ -24,6 +26,9 @@ from vkd_framework.types import ImageQuestionPair, Photo, Splits
 TITLE = "FIUBench"
 HUB_ID = "gray311/FIUBench"
 ROWS, SPLITS, ARCHIVE = "full.json", "split.json", "SFHQ.zip"
+
+_DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
+"""What reading a damaged archive may raise."""
 
 PEOPLE = 400
 """The benchmark's models are fine-tuned on the first 400 people of the file."""
@@ -117,7 +122,7 @@ class _Faces:
     """Finds the published pictures: by their path below the folder, by their name, or inside the archive."""
 
     def __init__(self, bench: Benchmark) -> None:
-        self._folder = bench.folder
+        self._folder, self._command = bench.folder, bench.command
         pictures = (path for path in sorted(bench.folder.rglob("*")) if path.suffix in (".jpg", ".png"))
         self._files = {path.name: str(path.relative_to(bench.folder)) for path in pictures}
         self._archive: zipfile.ZipFile | None = None
@@ -138,8 +143,15 @@ class _Faces:
         """The picture as a published cell: its bytes, or a path that may or may not exist."""
         given = str(path)
         exact, name = self._folder / given, PurePosixPath(given.replace("\\", "/")).name
-        if exact.is_file() or self._archive is None or name in self._files:
-            return {"path": given if exact.is_file() else self._files.get(name, given)}
+        there = os.path.isfile(exact)
+        if there or self._archive is None or name in self._files:
+            return {"path": given if there else self._files.get(name, given)}
         if name in self._members:
-            return {"bytes": self._archive.read(self._members[name])}
+            try:
+                return {"bytes": self._archive.read(self._members[name])}
+            except _DAMAGE as error:
+                raise DataError(
+                    f"data.source: {self._archive.filename} is damaged at {self._members[name]} "
+                    f"({on_one_line(error)}); get it again with {self._command}"
+                ) from None
         return {"path": given}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import posixpath
 import random
 import struct
@@ -311,7 +312,7 @@ def fault_report(name: str, faults: Sequence[str], rows: int) -> list[str]:
 def _verified(key: str, folder: Path) -> Photo | str:
     """The photo, decoded once to be sure that it can be; or what is wrong with it."""
     photo = Photo(key, folder / key)
-    if not (folder / key).is_file():
+    if not os.path.isfile(folder / key):
         return f"image {key!r} is not a file in {folder}"
     try:
         photo.open()

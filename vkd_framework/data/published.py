@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 from collections import defaultdict
@@ -95,7 +96,7 @@ def download_command(hub_id: str) -> str:
 def open_benchmark(source: str, hub_id: str, sets: Sequence[str]) -> Benchmark:
     """The benchmark's folder: `source` itself, or where the hub's files of `sets` were put."""
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return Benchmark(path, hub_id)
     if not _HUB_ID.fullmatch(source):
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import RecipeError, on_one_line
 from vkd_framework.recipe.for_methods import wrong_entry
 from vkd_framework.recipe.messages import SCHEMA, nearest, one_line
 from vkd_framework.recipe.overrides import overridden, parsed
@@ -29,7 +30,7 @@ def bundled_recipes() -> dict[str, Path]:
 def find_recipe(reference: str) -> Path:
     """The file behind a path or the name of a bundled recipe. Raises RecipeError when there is none."""
     path = Path(reference)
-    if path.is_file():
+    if os.path.isfile(path):  # False for a name that is too long, where Path.is_file raises
         return path
     bundled = bundled_recipes()
     if path.stem in bundled and path.suffix in ("", ".yaml", ".yml"):
@@ -46,7 +47,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path}: not valid YAML: {on_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
     _anchor_paths(raw, path.resolve().parent)

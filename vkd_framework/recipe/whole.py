@@ -116,6 +116,13 @@ class Recipe(Section):
             raise ValueError(
                 "nothing would be forgotten: losses.forget_output.weight and losses.repel.weight are both 0"
             )
+        pushes = (terms.forget_output.weight, terms.retain_output.weight, attack.weight, self.unlearn.weight_decay)
+        if self.teacher.kind == "self" and self.repel_target == "repel" and not any(pushes):
+            raise ValueError(
+                "nothing would move: with teacher.kind: self the student starts where its teacher is, and attract and "
+                "repel have no gradient there; give losses.forget_output or losses.retain_output a weight, or set "
+                "losses.repel.target to mean, stranger or noise"
+            )
         features = {"attract": terms.attract, "repel": terms.repel}
         if lacking := [name for name, term in features.items() if term.weight and not (term.layers or self.layers)]:
             raise ValueError(

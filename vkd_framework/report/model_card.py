@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vkd_framework.report import findings
@@ -82,7 +82,7 @@ def render_model_card(
 
 def _is_hub_id(base_model: str) -> bool:
     # `models/mine` reads like a hub id and may be a folder; transformers looks for the folder first, and so do we.
-    return _HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
+    return _HUB_ID.fullmatch(base_model) is not None and not os.path.exists(base_model)
 
 
 def _front_matter(base_model: str | None) -> str:

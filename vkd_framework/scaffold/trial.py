@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vkd_framework import generic
-from vkd_framework.errors import AdapterError
+from vkd_framework.errors import AdapterError, on_one_line
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.scaffold import shrink
@@ -92,7 +92,7 @@ def work_out(proposal: Draft) -> tuple[Draft, Findings, str | None]:
                 found = observe(trial(execute(render_adapter(draft, found), "draft")), found)
             trial(execute(render_adapter(draft, found), "draft"))
         except Exception as error:
-            text = " ".join(str(error).split()).removeprefix("adapter 'draft', ") or type(error).__name__
+            text = on_one_line(error).removeprefix("adapter 'draft', ") or type(error).__name__
             if depth > deepest:
                 deepest, best, problem = depth, (draft, found), text
             with suppress(Exception):  # what cannot even be looked at is not mended

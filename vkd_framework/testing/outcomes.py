@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vkd_framework.errors import VKDError
+from vkd_framework.errors import VKDError, on_one_line
 from vkd_framework.progress import Progress
 
 LONGEST = 400
@@ -92,7 +92,7 @@ def table(results: Sequence[CheckResult], total: int | None = None) -> str:
 
 def one_line(error: BaseException) -> str:
     """The error's kind and message, long ones without their middle; those of vkd speak for themselves."""
-    message = " ".join(str(error).split())
+    message = on_one_line(error)
     if isinstance(error, VKDError):
         return message
     if len(message) > LONGEST:  # some hold a whole model's modules, and say what is wrong at the end
