@@ -156,6 +156,16 @@ def test_mllmu_bench_asks_for_letters_sentences_and_blanks_in_columns_of_their_o
         assert all((pair.kind == "text") == ("vqa" not in name) for pair in pairs)
 
 
+@pytest.mark.parametrize("kind", ["clear", "fiubench"])
+def test_a_training_question_is_right_when_the_measured_one_is(folders: dict[str, Path], kind: str) -> None:
+    """By the same published keywords, so that a retain floor has something to hold: no model repeats a sentence."""
+    splits = load(kind, folders[kind])
+    measured = {pair.answer: pair.keywords for pairs in splits.columns.values() for pair in pairs if pair.keywords}
+    trained = [pair for pair in splits.retain if pair.answer in measured]
+    assert len(trained) >= len(splits.retain) / 2
+    assert all(pair.keywords == measured[pair.answer] for pair in trained)
+
+
 def test_mllmu_bench_trains_on_what_the_model_was_fine_tuned_on(folders: dict[str, Path]) -> None:
     splits = load("mllmu_bench", folders["mllmu_bench"])
     assert len(splits.forget) == 2 * 2 and len(splits.retain) == 4 * 2

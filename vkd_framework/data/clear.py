@@ -126,12 +126,17 @@ def _held_out(shots: Iterable[_Shot], config: ClearData) -> set[str]:
 
 def _training_pairs(shot: _Shot) -> list[ImageQuestionPair]:
     turn = int(shot.photo.key[:8], 16)
-    asked = (("name", NAME_TRAIN, shot.name), ("caption", CAPTION_TRAIN, shot.caption))
+    asked = (("name", NAME_TRAIN, shot.name, (shot.name,)), ("caption", CAPTION_TRAIN, shot.caption, ()))
     return [
         ImageQuestionPair(
-            f"train/{shot.place}/{what}", phrasings[turn % len(phrasings)], answer, (shot.photo,), shot.name
+            f"train/{shot.place}/{what}",
+            phrasings[turn % len(phrasings)],
+            answer,
+            (shot.photo,),
+            shot.name,
+            keywords=keywords,
         )
-        for what, phrasings, answer in asked
+        for what, phrasings, answer, keywords in asked
     ]
 
 

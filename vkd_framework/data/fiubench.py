@@ -99,7 +99,7 @@ def _questions(
             continue
         keywords, wrong = reader.texts(item.get("keywords")), reader.texts(item.get("perturbed_answer"))
         options = with_wrong(answer, wrong, f"{seed}/{name}")
-        trained.append(about(f"train/{name}", question, answer))
+        trained.append(about(f"train/{name}", question, answer, keywords=keywords))
         columns[seen].append(about(name, question, answer, options=options, keywords=keywords))
         columns[paraphrased] += [
             about(f"{name}/{turn}", asked, answer, options=options, keywords=keywords)
