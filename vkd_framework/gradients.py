@@ -1,4 +1,4 @@
-"""Gradients that are used one by one: a backward pass need not hold those of all weights at once."""
+"""Backward passes that hold less: gradients used one by one, and features computed again instead of kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+
+from vkd_framework.errors import RecipeError
 
 
 @contextmanager
@@ -28,3 +30,32 @@ def as_gradients_come(leaves: Mapping[str, Tensor], use: Callable[[str, Tensor],
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def recomputed(model: Any, wanted: bool = True) -> Iterator[None]:
+    """Within the block, the model's blocks keep only their inputs; a backward pass computes the rest again.
+
+    A model of transformers does so only where it trains, and here it stays as it is in use, without dropout: so the
+    blocks alone are told that they train. Raises RecipeError for a model that cannot.
+    """
+    if not wanted:
+        yield
+        return
+    if not model.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"model.gradient_checkpointing: {type(model).__name__} cannot do it; set it to false, or make "
+            "unlearn.retain_batch smaller"
+        )
+    # transformers 5 calls it activation checkpointing, 4 gradient checkpointing
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    blocks = [each for each in model.modules() if getattr(each, "gradient_checkpointing", False) and not each.training]
+    for block in blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+        getattr(model, f"{name}_checkpointing_disable")()

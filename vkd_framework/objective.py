@@ -17,6 +17,7 @@ from vkd_framework import losses, ranks
 from vkd_framework.alignment import parameters_of
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.forgetting import ForgetOutput
+from vkd_framework.gradients import recomputed
 from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import FeatureTerm, Recipe
@@ -61,7 +62,7 @@ class Objective:
         ignorant: Callable[[], MLLM] | None = None,
     ) -> None:
         terms = recipe.losses
-        self._mllm = mllm
+        self._mllm, self._recompute = mllm, recipe.model.gradient_checkpointing
         self._forget_output = ForgetOutput(mllm, recipe, splits, reference)
         self._retain_output, self._retain_kl, self._repel_cap = terms.retain_output, terms.retain_kl, terms.repel.cap
         self._vanilla = self._frozen_copy(recipe) if terms.retain_kl.weight else None
@@ -135,7 +136,7 @@ class Objective:
         layers = tuple(self._mllm.layer(name) for name in term.layers)
         batch = self._mllm.tokenize(pairs)
         logits = None
-        with FeatureTap(self._mllm.model, layers) as tap:
+        with recomputed(self._mllm.model, self._recompute), FeatureTap(self._mllm.model, layers) as tap:
             if asked is not None:
                 logits = answer_logits(self._mllm.model, batch.inputs, asked(batch))
             elif layers:

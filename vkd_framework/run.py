@@ -38,7 +38,7 @@ from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import Recipe, digest, find_recipe, load_recipe
 from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair, Sample, Splits
 from vkd_framework.unlearn import History, active_parameters, unlearn
-from vkd_framework.vanilla import device_of, save, starting_model, teaching_seconds
+from vkd_framework.vanilla import attend, device_of, save, starting_model, teaching_seconds
 from vkd_framework.verdict import verdict
 
 TAUGHT = "taught"
@@ -191,6 +191,8 @@ class Run:
     def _load(self, source: str) -> MLLM:
         mllm = self.adapter.load(source, getattr(torch, self.recipe.model.dtype), self.device)
         mllm.model.requires_grad_(False)
+        if self.recipe.model.attention is not None:
+            attend(mllm, self.recipe.model.attention)
         return mllm
 
     def _starting_model(self, name: str, *, knows_forgotten: bool) -> str:

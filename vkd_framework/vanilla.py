@@ -99,6 +99,15 @@ def device_of(recipe: Recipe) -> str:
     return f"cuda:{ranks.local()}"
 
 
+def attend(mllm: MLLM, how: str) -> None:
+    """Have the model compute attention in the given way. Raises RecipeError where that cannot be."""
+    try:
+        mllm.model.set_attn_implementation(how)
+    except (ImportError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"model.attention: {how} cannot be had ({first}); take sdpa or eager, or null") from error
+
+
 def save(mllm: MLLM, folder: Path) -> None:
     """What `AutoModelForImageTextToText` and `AutoProcessor` load."""
     mllm.model.save_pretrained(folder)

@@ -26,6 +26,12 @@ class ModelConfig(Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        default=None, description="how attention is computed; null: what transformers chooses"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep only the inputs of blocks while unlearning: less memory, more time"
+    )
 
 
 class TeachConfig(Section):

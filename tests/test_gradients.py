@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_recipe, texts_of
+from torch import Tensor, nn
+
+from vkd_framework.errors import RecipeError
+from vkd_framework.gradients import as_gradients_come, recomputed
+from vkd_framework.objective import Objective
+from vkd_framework.plugins import MLLM, load_adapter, trainable
+from vkd_framework.recipe import Recipe
+from vkd_framework.types import Splits
+from vkd_framework.vanilla import attend
+
+VISUAL = ("encoder", "projector")
+
+
+def gradients(mllm: MLLM, recipe: Recipe, splits: Splits) -> tuple[float, int, dict[str, Tensor]]:
+    """The retain loss, the bytes that its backward pass found kept, and the gradients it left."""
+    objective = Objective(mllm, recipe, splits)
+    parameters = trainable(mllm, VISUAL)
+    weights = {p.data_ptr() for p in mllm.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = objective.retain(splits.retain[:6])
+    torch.autograd.backward(loss)
+    found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    mllm.model.zero_grad()
+    return float(loss.detach()), sum(kept.values()), found
+
+
+@pytest.mark.parametrize("adapter", ["qwen_vl", "llava", "internvl", "idefics"])
+def test_what_is_computed_again_gives_the_same_gradients_and_keeps_less(splits: Splits, adapter: str) -> None:
+    mllm = load_adapter(adapter).tiny_model(texts_of(splits), 48, 0)
+    layers = ["vision.0", "projector"]
+    plain = gradients(mllm, make_recipe(layers=layers), splits)
+    again = gradients(mllm, make_recipe(layers=layers, model={"gradient_checkpointing": True}), splits)
+    assert again[0] == pytest.approx(plain[0], rel=1e-6)
+    assert again[1] < 0.6 * plain[1]
+    assert again[2].keys() == plain[2].keys()
+    for name, gradient in plain[2].items():
+        torch.testing.assert_close(again[2][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_answers_as_before_once_nothing_is_to_be_computed_again(tiny: MLLM, splits: Splits) -> None:
+    before = [module.training for module in tiny.model.modules()]
+    with recomputed(tiny.model):
+        assert [module.training for module in tiny.model.modules()] != before
+    assert [module.training for module in tiny.model.modules()] == before
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in tiny.model.modules())
+
+
+def test_a_model_that_cannot_compute_again_is_an_error_that_says_what_to_do(
+    student: MLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(student.model), "supports_gradient_checkpointing", False)
+    with (
+        pytest.raises(RecipeError, match=r"model\.gradient_checkpointing: .*set it to false"),
+        recomputed(student.model),
+    ):
+        pass
+
+
+def test_each_gradient_is_handed_over_once_and_not_kept() -> None:
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    expected = torch.autograd.grad(layers(torch.ones(2, 3)).sum(), list(layers.parameters()))
+    found: dict[str, Any] = {}
+    with as_gradients_come(dict(layers.named_parameters()), lambda name, g: found.update({name: g.clone()})):
+        torch.autograd.backward(layers(torch.ones(2, 3)).sum())
+    assert all(parameter.grad is None for parameter in layers.parameters())
+    for (name, _), wanted in zip(layers.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(found[name], wanted)
+    torch.autograd.backward(layers(torch.ones(2, 3)).sum())
+    assert all(parameter.grad is not None for parameter in layers.parameters())
+
+
+def test_attention_is_computed_in_the_way_that_the_recipe_names(student: MLLM, splits: Splits) -> None:
+    batch = student.tokenize(splits.forget[:2])
+    with torch.no_grad():
+        expected = student.model(**batch.inputs).logits
+        attend(student, "eager")
+        torch.testing.assert_close(student.model(**batch.inputs).logits, expected, rtol=1e-3, atol=1e-4)
+    assert student.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ends when the machine has no GPU")
+def test_attention_that_cannot_be_had_is_one_line_that_says_what_to_take(student: MLLM) -> None:
+    with pytest.raises(RecipeError, match=r"^model\.attention: flash_attention_2 cannot be had .*take sdpa"):
+        attend(student, "flash_attention_2")
