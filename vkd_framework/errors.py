@@ -46,3 +46,8 @@ class DivergedError(VKDError):
 def on_one_line(error: BaseException) -> str:
     """The error's message with every run of blanks and line breaks as one blank."""
     return " ".join(str(error).split())
+
+
+def with_its_kind(error: BaseException) -> str:
+    """`KeyError: 'x'`, or the type alone where the error says nothing."""
+    return f"{type(error).__name__}: {on_one_line(error)}".removesuffix(": ")

@@ -1,16 +1,9 @@
-"""Discover adapters, load exactly one, and ask it through a facade that checks every answer.
-
-One `PluginManager` a run holds two plugins: `generic`, registered first, and the adapter, registered last so that its
-answer wins. Adapters that no recipe names are never imported by a run.
-"""
+"""The facade of an adapter: its hooks with types, and every answer checked."""
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,9 +11,10 @@ import pluggy
 
 from vkd_framework import hookspecs
 from vkd_framework.encodings import Encodings, fingerprint
-from vkd_framework.errors import AdapterError, ModelError, RecipeError, on_one_line
+from vkd_framework.errors import AdapterError, ModelError, on_one_line, with_its_kind
 from vkd_framework.generic import GenericPlugin
 from vkd_framework.hookspecs import PROJECT
+from vkd_framework.plugins.model import MLLM, Anatomy, partition
 from vkd_framework.recipe import nearest
 from vkd_framework.types import (
     DistillationLayer,
@@ -28,109 +22,17 @@ from vkd_framework.types import (
     FeatureGrid,
     FeatureRows,
     ImageQuestionPair,
-    Part,
     VisionModules,
 )
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from vkd_framework.plugins.installed import Installed
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Installed:
-    """An adapter as its distribution registers it; nothing of it has been imported."""
-
-    name: str
-    module: str
-    distribution: str
-    version: str
-    rival: str | None = None
-    """Another distribution that claims the same name."""
-
-    def __str__(self) -> str:
-        return f"{self.name!r} ({self.distribution} {self.version})"
-
-
-def installed_adapters() -> list[Installed]:
-    """All registered adapters, by name; a name claimed twice is an error only for whoever asks for it."""
-    found: dict[str, Installed] = {}
-    entries = importlib.metadata.entry_points(group=PROJECT)
-    for entry in sorted(entries, key=lambda entry: (entry.name, entry.dist.name if entry.dist else "")):
-        distribution, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
-        first = found.setdefault(entry.name, Installed(entry.name, entry.value, distribution, version))
-        if first.distribution != distribution:
-            found[entry.name] = replace(first, rival=distribution)
-    return list(found.values())
-
-
-def load_adapter(name: str) -> Adapter:
-    """The facade of one adapter. Raises AdapterError when it is unknown, does not import, or is no valid plugin."""
-    known = {adapter.name: adapter for adapter in installed_adapters()}
-    if name not in known:
-        raise AdapterError(
-            f"adapter {name!r} is not installed{nearest(name, known)}; "
-            f"installed: {', '.join(known) or 'none'} (see `vkd adapters`)"
-        )
-    if rival := known[name].rival:
-        raise AdapterError(
-            f"adapter {name!r} is registered by both {known[name].distribution} and {rival}; uninstall one of them"
-        )
-    entry = next(iter(importlib.metadata.entry_points(group=PROJECT, name=name)))
-    try:
-        plugin = entry.load()
-    except (Exception, SystemExit) as error:
-        raise AdapterError(
-            f"adapter {known[name]} does not import: {_told(error)}{_mend_of_import(error, known[name])}"
-        ) from error
-    return Adapter(name, plugin, known[name])
-
-
-def working_adapters() -> tuple[dict[Installed, Adapter], list[str]]:
-    """Every installed adapter that can be asked for its model types and presets, and what is wrong with the others."""
-    working: dict[Installed, Adapter] = {}
-    broken: list[str] = []
-    for installed in installed_adapters():
-        try:
-            adapter = load_adapter(installed.name)
-            _ = adapter.model_types, adapter.presets, adapter.refused_model_types
-        except (AdapterError, ModelError) as error:
-            broken.append(str(error))
-        else:
-            working[installed] = adapter
-    return working, broken
-
-
-def adapter_for_model_type(model_type: str) -> Adapter:
-    """The one adapter that serves a `config.model_type`.
-
-    Adapters that cannot be asked are passed over unless none fits. Raises AdapterError when none does, and when several
-    do: no installed adapter, ours included, wins over another without being chosen.
-    """
-    working, broken = working_adapters()
-    fitting = {installed: adapter for installed, adapter in working.items() if model_type in adapter.model_types}
-    if fitting:
-        return the_one(fitting, f"model type {model_type!r} is served")
-    served = [each for adapter in working.values() for each in adapter.model_types]
-    trouble = f"; these could not be asked: {'; '.join(broken)}" if broken else ""
-    raise AdapterError(f"no installed adapter serves model type {model_type!r} (served: {', '.join(served)}){trouble}")
-
-
-def the_one(claims: Mapping[Installed, T], claimed: str) -> T:
-    """The only value; with several, AdapterError names who claims it and how to choose. `claimed` begins the sentence.
-
-    Two names for the same module are one claim. Only for what the user can choose with `--adapter` or with a recipe.
-    """
-    if len({(installed.distribution, installed.module) for installed in claims}) > 1:
-        names = " or ".join(installed.name for installed in claims)
-        raise AdapterError(
-            f"{claimed} by several adapters: {', '.join(str(installed) for installed in claims)}; choose one: "
-            f"--adapter {names}, or `adapter:` in a recipe"
-        )
-    return next(iter(claims.values()))
 
 
 class Adapter:
@@ -151,7 +53,7 @@ class Adapter:
         except pluggy.PluginValidationError as error:
             raise AdapterError(f"{self._who}: {on_one_line(error)}{self._nearest_hook(plugin)}") from error
         except Exception as error:  # pluggy reads every attribute of a plugin, and reading may raise
-            raise AdapterError(f"{self._who} cannot be registered: {_told(error)}") from error
+            raise AdapterError(f"{self._who} cannot be registered: {with_its_kind(error)}") from error
         if unmarked := self._unmarked(plugin):
             raise AdapterError(
                 f"{self._who}: {unmarked} is not marked as a hook, it would never be asked; "
@@ -368,7 +270,7 @@ class Adapter:
         except (AdapterError, ModelError):
             raise
         except (Exception, SystemExit) as error:
-            raise self._offence(hook, f"raised {_told(error)}") from error
+            raise self._offence(hook, f"raised {with_its_kind(error)}") from error
         if answer is None:
             raise self._offence(hook, "gave no answer, and there is no generic one")
         return answer
@@ -416,130 +318,3 @@ def _is_list_of(kind: type, answer: object) -> bool:
         and len(answer) > 0
         and all(isinstance(item, kind) for item in answer)
     )
-
-
-def _told(error: BaseException) -> str:
-    """`KeyError: 'x'`, or the type alone where the error says nothing."""
-    return f"{type(error).__name__}: {on_one_line(error)}".removesuffix(": ")
-
-
-def _mend_of_import(error: BaseException, installed: Installed) -> str:
-    """What to do about an adapter that does not import: a missing package is not the adapter's own missing module."""
-    if not isinstance(error, ModuleNotFoundError) or error.name is None:
-        return f"; mend or uninstall {installed.distribution}"
-    own = installed.module.partition(":")[0]
-    if f"{own}.".startswith(f"{error.name}."):
-        return f"; its entry point names a module that is not there, so install {installed.distribution} again"
-    return (
-        f"; install the package that provides {error.name.partition('.')[0]!r}, or uninstall {installed.distribution}"
-    )
-
-
-def partition(model: nn.Module, modules: VisionModules) -> dict[Part, tuple[str, ...]]:
-    """Every parameter name in exactly one part: the longest matching path decides, the rest is projector."""
-    owners: list[tuple[str, Part]] = [(modules.encoder, "encoder")]
-    owners += [(path, "language_model") for path in modules.language_model]
-    owners += [(path, "projector") for path in modules.projector]
-    owners.sort(key=lambda owner: len(owner[0]), reverse=True)
-    parts: dict[Part, list[str]] = {"encoder": [], "projector": [], "language_model": []}
-    for name, _ in model.named_parameters():
-        owner = [part for path, part in owners if name == path or name.startswith(f"{path}.")][:1]
-        parts[owner[0] if owner else "projector"].append(name)
-    return {part: tuple(names) for part, names in parts.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class Anatomy:
-    """A model and its parts, as its adapter sees them. The model may be on the meta device, without weights."""
-
-    adapter: Adapter
-    model: PreTrainedModel
-    modules: VisionModules
-    layers: tuple[DistillationLayer, ...]
-
-    @cached_property
-    def parts(self) -> dict[Part, tuple[str, ...]]:
-        """Part -> names of its parameters."""
-        return partition(self.model, self.modules)
-
-    def parameters(self, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
-        """Name -> parameter of the given parts, in the model's order."""
-        wanted = {name for part in parts for name in self.parts[part]}
-        return {name: parameter for name, parameter in self.model.named_parameters() if name in wanted}
-
-    def count(self, parts: Iterable[Part]) -> int:
-        """How many weights the given parts hold."""
-        return sum(parameter.numel() for parameter in self.parameters(parts).values())
-
-    def layer(self, name: str, where: str = "layers") -> DistillationLayer:
-        """The distillation layer of that name. Raises RecipeError naming place and nearest when there is none."""
-        by_name = {layer.name: layer for layer in self.layers}
-        if name not in by_name:
-            raise RecipeError(
-                f"{where}: {name!r} is no layer of this model{nearest(name, by_name)}; "
-                f"it has {', '.join(_ranges(by_name))} (see `vkd inspect-layers`)"
-            )
-        return by_name[name]
-
-
-@dataclass(frozen=True, eq=False)
-class MLLM(Anatomy):
-    """A loaded multimodal language model, ready to be asked, bound to the adapter that knows its parts."""
-
-    processor: ProcessorMixin
-
-    @cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer."""
-        return self.adapter.stop_token_ids(self.model, self.processor)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = self.model.device
-        return device
-
-    def tokenize(
-        self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right"
-    ) -> EncodedBatch:
-        """Encode pairs and move them to the model's device."""
-        batch = self._encodings.batch(pairs, with_answer, padding_side)
-        inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
-        return EncodedBatch(inputs, batch.labels.to(self.device), batch.content.to(self.device))
-
-    @cached_property
-    def _encodings(self) -> Encodings:
-        return self.adapter.encodings(self.processor, self.stop_ids)
-
-    def check_prompt_is_prefix(self, pair: ImageQuestionPair) -> None:
-        """Raise ModelError when a full text does not begin with its prompt's tokens."""
-        prompt = self.tokenize([pair], with_answer=False).inputs["input_ids"][0].tolist()
-        full = self.tokenize([pair]).inputs["input_ids"][0].tolist()
-        if full[: len(prompt)] != prompt:
-            raise ModelError(
-                "the chat template's prompt is tokenized differently when an answer follows (often for a blank at its "
-                "end); what is trained would not be what is generated. Mend the template or override vkd_tokenize_pairs"
-            )
-
-    def copy(self, share: Sequence[Part] = ()) -> MLLM:
-        """An independent copy; parameters of the parts in `share` stay the same objects in both."""
-        shared = {id(parameter): parameter for parameter in self.parameters(share).values()}
-        memo: dict[int, Any] = dict(shared)
-        return MLLM(self.adapter, copy.deepcopy(self.model, memo), self.modules, self.layers, self.processor)
-
-
-def _ranges(names: Iterable[str]) -> list[str]:
-    """`vision.0 to vision.31, projector` for a long list of layers."""
-    listed = list(names)
-    numbered = [name for name in listed if name.rpartition(".")[2].isdigit()]
-    rest = [name for name in listed if name not in numbered]
-    return [f"{numbered[0]} to {numbered[-1]}", *rest] if len(numbered) > 1 else listed
-
-
-def trainable(mllm: MLLM, parts: Iterable[Part]) -> Mapping[str, nn.Parameter]:
-    """Freeze everything but the given parts and return those parameters."""
-    chosen = mllm.parameters(parts)
-    mllm.model.requires_grad_(False)
-    for parameter in chosen.values():
-        parameter.requires_grad_(True)
-    return chosen
