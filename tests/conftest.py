@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reported
 from PIL import Image
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `vkd` itself does, and before torch is imported
@@ -16,7 +17,7 @@ from vkd_framework import data
 from vkd_framework.cache import CACHE_VARIABLE
 from vkd_framework.plugins import MLLM, load_adapter
 from vkd_framework.recipe import CelebsData, Recipe, TeachConfig
-from vkd_framework.types import ImageQuestionPair, Photo, Splits
+from vkd_framework.types import AttackCurve, ImageQuestionPair, Photo, Sample, Splits
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a test module first imports transformers
 
@@ -95,6 +96,21 @@ def knowing(tiny: MLLM, few: Splits, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def recipe() -> Recipe:
     return make_recipe()
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    return reported.metrics()
+
+
+@pytest.fixture
+def curves() -> list[AttackCurve]:
+    return reported.curves()
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    return reported.samples()
 
 
 def make_recipe(**changes: Any) -> Recipe:
