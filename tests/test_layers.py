@@ -39,7 +39,7 @@ FLOORS = (
         *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "attacks"),
         *("retain_floor", "vanilla", "proofs", "probe"),
     ),
-    ("report", "verdict", "layers_table", "doctor", "scaffold"),
+    ("report", "verdict", "layers_table", "doctor", "scaffold", "estimate"),
     ("run",),
     ("assess", "bench"),
     ("cli", "__main__"),

@@ -49,7 +49,7 @@ HELD = (("known", 0.05), ("known", 1.0), ("new", 1.0), ("others", 1.0))
 MODELS = ("vanilla", "unlearned", "retain_only")
 COST = {
     *("teach_seconds", "mask_seconds", "unlearn_seconds", "evaluate_seconds", "relearn_seconds", "attacks_seconds"),
-    "total_seconds",
+    *("total_seconds", "step_seconds", "estimated_step_seconds", "estimated_peak_memory_bytes"),
     *("peak_memory_bytes", "trainable_parameters", "active_parameters", "total_parameters", "mask_bytes"),
 }
 
@@ -81,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 
 def figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """The metrics without what differs from run to run: times and memory."""
-    varying = {name for name in COST if name.endswith("_seconds")} | {"peak_memory_bytes"}
+    varying = {name for name in COST if name.endswith(("_seconds", "memory_bytes"))}
     cost = {name: value for name, value in metrics["cost"].items() if name not in varying}
     return {**metrics, "cost": cost}
 
@@ -123,8 +123,17 @@ def test_cost_counts_what_was_trained_and_what_could_move(finished: Finished) ->
     assert cost["trainable_parameters"] < cost["total_parameters"]
     assert cost["mask_bytes"] == (finished.folder / "mask.safetensors").stat().st_size
     assert cost["mask_bytes"] < cost["trainable_parameters"] / 8 + 20_000
-    parts = [name for name in COST if name.endswith("_seconds") and name != "total_seconds"]
+    parts = [name for name in COST if name.endswith("_seconds") and "step" not in name and name != "total_seconds"]
     assert sum(cost[name] for name in parts) == pytest.approx(cost["total_seconds"])
+
+
+def test_what_was_expected_stands_beside_what_was_measured(finished: Finished) -> None:
+    cost = finished.metrics["cost"]
+    assert cost["step_seconds"] == pytest.approx(cost["unlearn_seconds"] / RECIPE["unlearn"]["steps"])
+    assert cost["estimated_step_seconds"] > 0
+    assert cost["estimated_peak_memory_bytes"] == pytest.approx(cost["peak_memory_bytes"], rel=0.5)
+    assert "estimated against measured: " in (finished.folder / "log.txt").read_text()
+    assert " (estimated " in (finished.folder / "report.md").read_text()
 
 
 def test_every_proof_holds(finished: Finished) -> None:

@@ -128,17 +128,29 @@ def main(debug: bool) -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print the resolved recipe, what would be trained and the memory it needs; load nothing.",
+    help="Print the resolved recipe, what would be trained and what that would cost; load no weights.",
 )
-def run(recipe: str, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool) -> None:
+@click.option("--gpu", metavar="NAME", help="With --dry-run: a GPU to estimate for, such as A100-80GB, H100 or L4.")
+@click.option("--gpu-memory", metavar="SIZE", help="With --dry-run: say what to change so that it fits, such as 24GB.")
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    gpu: str | None,
+    gpu_memory: str | None,
+) -> None:
     """Unlearn what RECIPE says: a file, or the name of a recipe that comes with vkd."""
+    if not dry_run and (gpu or gpu_memory):
+        raise click.UsageError(f"{'--gpu' if gpu else '--gpu-memory'} goes with --dry-run; add it, or leave this out")
     with quick_imports():
         from vkd_framework import ranks
         from vkd_framework import run as runs
         from vkd_framework.report import terminal_table, verdict_text
 
     if dry_run:
-        click.echo(runs.dry_run(recipe, overrides))
+        click.echo(runs.dry_run(recipe, overrides, gpu=gpu, gpu_memory=gpu_memory))
         return
 
     with ranks.together():

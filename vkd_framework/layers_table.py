@@ -43,7 +43,6 @@ LAYOUT = 2
 UNKNOWN: dict[str, Any] = {"accuracy": None, "interval_95": None}
 LONGEST = 300
 """Characters of a foreign error that are shown."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def describe(source: str, adapter: Adapter | None = None) -> Anatomy:
@@ -407,12 +406,10 @@ def _range(ends: Sequence[float] | None, scale: float, digits: int) -> str:
 
 
 def plan(recipe: Recipe, anatomy: Anatomy) -> str:
-    """What a run of `recipe` would train and roughly what memory it needs."""
+    """What a run of `recipe` would train."""
     total, trained = anatomy.count(PART_TITLES), anatomy.count(recipe.train)
-    size, steps = BYTES[recipe.model.dtype], recipe.unlearn
+    steps = recipe.unlearn
     tunes = recipe.procedure == "tune"
-    gradients_and_adam = 3 * trained if recipe.procedure != "prune" else 0
-    copies = trained * ((recipe.mask.kind != "none") + (recipe.losses.retain_kl.weight > 0)) if tunes else 0
     among = "" if "language_model" in recipe.train else ", the language model among them"
     facts = {
         "model": f"{type(anatomy.model).__name__}, {total:,} parameters, adapter {anatomy.adapter.name}",
@@ -431,18 +428,7 @@ def plan(recipe: Recipe, anatomy: Anatomy) -> str:
         }
     if recipe.procedure == "prune":
         facts["share"] = f"{recipe.prune.share:.1%} of the neurons"
-    facts["memory"] = (
-        f"{_size((total + gradients_and_adam + copies) * size)} and activations: weights {_size(total * size)}, "
-        f"gradients and optimiser {_size(gradients_and_adam * size)}, copies of the starting weights "
-        f"{_size(copies * size)}"
-    )
-    if "full" in recipe.relearn.scopes:
-        facts["attack"] = f"{_size(4 * total * size)} and activations for a copy with every weight trained (scope full)"
     return "\n".join(f"{name:<9}{fact}" for name, fact in facts.items())
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.1f} MiB"
 
 
 def _mask_line(recipe: Recipe, trained: int) -> str:

@@ -31,6 +31,8 @@ from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError, RecipeError
+from vkd_framework.estimate.known import estimate_of, told
+from vkd_framework.estimate.text import against
 from vkd_framework.evaluate import evaluate
 from vkd_framework.layers_table import describe, plan, source_hash
 from vkd_framework.plugins import MLLM, Adapter, Anatomy, installed_adapters, load_adapter, trainable
@@ -49,11 +51,24 @@ UNMEASURED = ("name", "description", "method", "seed", "teach", "reference", "la
 """Sections of a recipe that decide nothing about what is measured on a taught model, beside those of the method."""
 
 
-def dry_run(reference: str, overrides: tuple[str, ...]) -> str:
-    """The resolved recipe and what it would train; reads no weights and writes nothing."""
+def dry_run(
+    reference: str, overrides: tuple[str, ...], *, gpu: str | None = None, gpu_memory: str | None = None
+) -> str:
+    """The resolved recipe, what it would train and what that would cost; reads no weights and writes nothing."""
     recipe = load_recipe(reference, overrides)
-    anatomy = _check_model(recipe, load_adapter(recipe.adapter))
-    return f"{recipe.to_yaml()}\n{plan(recipe, anatomy)}"
+    adapter = load_adapter(recipe.adapter)
+    anatomy = _check_model(recipe, adapter)
+    cost = told(
+        recipe,
+        adapter,
+        anatomy,
+        device_of(recipe),
+        lambda more: load_recipe(reference, (*overrides, *more)),
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        process=resident_memory(),
+    )
+    return f"{recipe.to_yaml()}\n{plan(recipe, anatomy)}\n\n{cost}"
 
 
 def run(
@@ -154,6 +169,7 @@ class Run:
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         write_text(self.folder / "recipe.source.yaml", self.source_text)
         write_json(self.folder / "environment.json", environment(self.device))
+        expected = self.stages.run("estimate", self._estimate)
         models = {"vanilla": self._starting_model("vanilla", knows_forgotten=True)}
         if self.recipe.reference == "retain_only":
             models["retain_only"] = self._starting_model("retain_only", knows_forgotten=False)
@@ -170,13 +186,19 @@ class Run:
         attacked = [
             result for name, source in models.items() for result in self._other_attacks(name, source, models["vanilla"])
         ]
-        metrics = self._metrics(outcome, columns, curves, attacked)
+        metrics = self._metrics(outcome, columns, curves, attacked, expected)
         self._report(metrics, curves, columns)
         if broken := proofs.failed(metrics["proofs"], self.recipe.train):
             raise ProofError(
                 f"{self.folder}: proof failed: {', '.join(broken)}; see report.html. The result must not be used"
             )
         return metrics
+
+    def _estimate(self) -> dict[str, float]:
+        """What the run is expected to cost, before anything is loaded."""
+        anatomy = describe(self.recipe.model.source, self.adapter)
+        found = estimate_of(self.recipe, self.adapter, anatomy, self.device, self.splits, process=resident_memory())
+        return {"step_seconds": found.step_seconds, "peak_memory_bytes": found.peak.bytes}
 
     @cached_property
     def device(self) -> str:
@@ -395,6 +417,7 @@ class Run:
         columns: Mapping[str, Any],
         curves: list[AttackCurve],
         attacked: list[dict[str, Any]],
+        expected: Mapping[str, float],
     ) -> dict[str, Any]:
         cells = {
             model: {name: found["cell"] for name, found in answered.items()} for model, answered in columns.items()
@@ -407,6 +430,7 @@ class Run:
         }
         if outcome["teaching_seconds"] is not None:
             seconds["unlearn_seconds"] = outcome["teaching_seconds"]
+        tunes = self.recipe.procedure == "tune"
         concluded, marked = attacks.conclude(attacked, self.splits.columns["test_vqa"])
         metrics = {
             "schema": 1,
@@ -426,14 +450,18 @@ class Run:
             **self._guards(columns),
             "cost": {
                 **seconds,
-                "total_seconds": self.stages.seconds() - self.stages.seconds("unlearn") + seconds["unlearn_seconds"],
+                "total_seconds": sum(seconds.values()),
+                "step_seconds": seconds["unlearn_seconds"] / self.recipe.unlearn.steps if tunes else None,
+                "estimated_step_seconds": expected["step_seconds"] if tunes else None,
                 "peak_memory_bytes": self.stages.peak_memory(),
+                "estimated_peak_memory_bytes": round(expected["peak_memory_bytes"]),
                 "trainable_parameters": outcome["trainable_parameters"],
                 "active_parameters": outcome["active_parameters"],
                 "total_parameters": outcome["total_parameters"],
                 "mask_bytes": mask_file.stat().st_size if mask_file.exists() else 0,
             },
         }
+        say(against(metrics["cost"]))
         metrics["verdict"] = asdict(verdict(metrics))
         write_json(self.folder / "relearn.json", metrics["relearn"])
         write_json(self.folder / "metrics.json", metrics)
@@ -516,6 +544,15 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "processes": ranks.size(),
     }
+
+
+def resident_memory() -> int:
+    """What the process holds now; where the system does not tell, the most it has held."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory() -> int:

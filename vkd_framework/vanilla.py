@@ -47,15 +47,15 @@ def starting_model(
         return recipe.model.source
     groups = splits.teach if knows_forgotten else splits.teach_retain
     pairs = _all(groups)
-    untaught = _untaught(adapter, recipe, splits, device)
-    encoded = untaught.tokenize(pairs[:: max(1, len(pairs) // ENCODED)])
+    first = untaught(adapter, recipe, splits, device)
+    encoded = first.tokenize(pairs[:: max(1, len(pairs) // ENCODED)])
     key = digest(
         [
             LAYOUT,
             adapter.name,
             transformers.__version__,
             recipe.teach.model_dump(),
-            fingerprint(untaught.model.state_dict()),
+            fingerprint(first.model.state_dict()),
             fingerprint({**encoded.inputs, "labels": encoded.labels}),
             content_hash(pairs),
         ]
@@ -66,9 +66,9 @@ def starting_model(
             what = "teach the vanilla model" if knows_forgotten else "teach the retain-only reference"
             say(f"{what}: {recipe.teach.steps} steps on {len(pairs):,} pairs, once; then kept in {folder}")
             begin = time.perf_counter()
-            teach(untaught, groups, recipe.teach, what=what, resume=Path(f"{folder}.partial.pt"))
+            teach(first, groups, recipe.teach, what=what, resume=Path(f"{folder}.partial.pt"))
             seconds = time.perf_counter() - begin
-            ranks.once(lambda: _keep(untaught, folder, seconds))
+            ranks.once(lambda: _keep(first, folder, seconds))
     return str(folder)
 
 
@@ -146,7 +146,8 @@ def _all(groups: Mapping[str, Sequence[ImageQuestionPair]]) -> list[ImageQuestio
     return [pair for pairs in groups.values() for pair in pairs]
 
 
-def _untaught(adapter: Adapter, recipe: Recipe, splits: Splits, device: str) -> MLLM:
+def untaught(adapter: Adapter, recipe: Recipe, splits: Splits, device: str) -> MLLM:
+    """The model that is taught, before it is: the recipe's own, or the embedded default with random weights."""
     dtype = getattr(torch, recipe.model.dtype)
     if not is_tiny(recipe.model.source):
         return adapter.load(recipe.model.source, dtype, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -220,12 +220,19 @@ def cost_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     total = cost.get("total_parameters")
     return [
         *rows,
-        ("Peak memory", size(cost.get("peak_memory_bytes"))),
+        *([("One step of unlearning", _beside(cost, "step_seconds", duration))] if cost.get("step_seconds") else []),
+        ("Peak memory", _beside(cost, "peak_memory_bytes", size)),
         ("Parameters", count(total)),
         ("Trainable parameters", share_of(cost.get("trainable_parameters"), total)),
         ("Active parameters (inside the mask)", share_of(cost.get("active_parameters"), total)),
         ("Saliency mask on disk", size(cost.get("mask_bytes"))),
     ]
+
+
+def _beside(cost: Mapping[str, Any], key: str, written: Callable[[object], str]) -> str:
+    """A measured figure, with what was expected where that is known."""
+    expected = cost.get(f"estimated_{key}")
+    return written(cost.get(key)) + (f" (estimated {written(expected)})" if expected is not None else "")
 
 
 def identity(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

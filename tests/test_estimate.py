@@ -1,0 +1,273 @@
+"""What a run will cost, checked against counts by hand, against torch's own counter and against measured peaks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CAST, make_recipe, texts_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from vkd_framework.errors import RecipeError
+from vkd_framework.estimate import Estimate, Rate, devices, estimate, memory, work
+from vkd_framework.estimate.advice import advise, wanted_bytes
+from vkd_framework.estimate.text import against, text
+from vkd_framework.estimate.tokens import Tokens, assumed, of_batch
+from vkd_framework.layers_table import describe
+from vkd_framework.plugins import MLLM, load_adapter, trainable
+from vkd_framework.recipe import Recipe
+from vkd_framework.run import dry_run
+from vkd_framework.types import PARTS, Part, Splits
+
+FAMILIES = ("qwen_vl", "llava", "internvl", "idefics")
+VISUAL: tuple[Part, ...] = ("encoder", "projector")
+RATE = Rate(1e9, "a test")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, splits: Splits) -> MLLM:
+    mllm = load_adapter(request.param).tiny_model(texts_of(splits), 48, 0)
+    mllm.model.set_attn_implementation("eager")  # so that torch's counter sees the products within attention
+    return mllm
+
+
+@pytest.mark.parametrize("trained", [VISUAL, PARTS, ("language_model",), ()], ids=lambda parts: "+".join(parts))
+def test_operations_are_those_that_torch_counts_within_a_twentieth(
+    family: MLLM, splits: Splits, trained: tuple[Part, ...]
+) -> None:
+    pairs = splits.forget[:8]
+    batch = family.tokenize(pairs)
+    trainable(family, trained)
+    with FlopCounterMode(display=False) as there:
+        logits = family.model(**batch.inputs).logits
+    back = FlopCounterMode(display=False)
+    if trained:
+        with back:
+            torch.autograd.backward(logits.sum())
+    family.model.zero_grad()
+
+    one = work.Pass("all", len(pairs), True, trained)
+    found = work.flops(work.sizes(family), of_batch(family, batch), one).values()
+
+    assert sum(part.forward for part in found) == pytest.approx(there.get_total_flops(), rel=0.05)
+    assert sum(part.activations + part.weights for part in found) == pytest.approx(back.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("trained", [VISUAL, PARTS], ids=["visual", "full"])
+def test_activations_are_what_autograd_saves_within_a_fifth(
+    family: MLLM, splits: Splits, trained: tuple[Part, ...]
+) -> None:
+    mllm = family.copy()
+    mllm.model.set_attn_implementation("sdpa")
+    trainable(mllm, trained)
+    own = {parameter.untyped_storage().data_ptr() for parameter in mllm.model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    batch = mllm.tokenize(splits.forget[:8])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mllm.model(**batch.inputs)
+    size, tokens = work.sizes(mllm), of_batch(mllm, batch)
+    found = 8 * 4 * sum(memory.saved_numbers(trained, part, size, tokens) for part in PARTS)
+
+    assert found == pytest.approx(sum(storage.nbytes() for storage in held.values()), rel=0.2)
+
+
+def test_a_step_by_hand() -> None:
+    size = work.Sizes(
+        matrices={"encoder": 10, "projector": 20, "language_model": 30},
+        convolution=5,
+        blocks={"encoder": 1, "projector": 0, "language_model": 2},
+        width={"encoder": 2, "projector": 0, "language_model": 4},
+        inner={"encoder": 2, "projector": 2, "language_model": 4},
+        vocabulary=100,
+        hidden=4,
+    )
+    tokens = Tokens(patches=8, tile=4, image=2, text=6, answer=1, pixels=64)
+    encoder = 2 * 8 * 10, 4 * 8 * 4 * 2 * 1, 2 * 8 * 5  # matrices, attention within a tile, pixels
+    projector = 2 * 2 * 20
+    language = 2 * 6 * 30 + 2 * 6 * 4 * 100, 4 * 6 * 6 * 4 * 2  # matrices and vocabulary, attention
+
+    found = work.flops(size, tokens, work.Pass("one", 3, True, VISUAL))
+
+    assert found["encoder"].forward == 3 * sum(encoder)
+    assert found["encoder"].activations == 3 * (encoder[0] + 2 * encoder[1])
+    assert found["encoder"].weights == 3 * (encoder[0] + encoder[2])
+    assert found["projector"] == work.Flops(3 * projector, 3 * projector, 3 * projector)
+    assert found["language_model"].activations == 3 * (language[0] + 2 * language[1])
+    assert found["language_model"].weights == 0
+    dead = replace(size, reaching=0.5)  # half of the encoder's blocks do not reach the language model
+    assert work.flops(dead, tokens, work.Pass("one", 3, True, VISUAL))["encoder"].weights == 3 * (80 + encoder[2])
+    assert "language_model" not in work.flops(size, tokens, work.Pass("one", 3, False, VISUAL))
+    backwards = work.flops(size, tokens, work.Pass("one", 3, True, ("language_model",)))
+    assert backwards["encoder"].activations == backwards["projector"].weights == 0
+
+
+def test_a_step_runs_what_the_recipe_asks_for() -> None:
+    attack = {"weight": 0.5, "scopes": ["visual", "full", "full"], "batch_size": 2}
+    recipe = make_recipe(simulated_attack=attack, losses={"retain_kl": {"weight": 1}})
+    run = {each.what: each for each in work.passes(recipe)}
+    assert run["forget"] == work.Pass("forget", 4, True, VISUAL)
+    assert run["retain, as before"].trained == ()
+    assert run["attacker, full"] == work.Pass("attacker, full", 2, True, PARTS, 2 / 3)
+    features_only = make_recipe(losses={"forget_output": {"weight": 0}, "retain_output": {"weight": 0}})
+    assert [each.output for each in work.passes(features_only)] == [False, False]
+    assert work.passes(make_recipe(method="manu")) == []
+
+
+def lines(recipe: Recipe, mllm: MLLM, tokens: Tokens, stage: str) -> dict[str, float]:
+    stages = memory.stages(recipe, mllm, work.sizes(mllm), tokens)
+    return {line.what: line.bytes for line in next(each for each in stages if each.name == stage).lines}
+
+
+def test_memory_by_hand(tiny: MLLM) -> None:
+    tokens = Tokens(patches=36, tile=36, image=9, text=40, answer=2, pixels=100, photos=7)
+    mask = {"kind": "ratio", "density": 0.5, "scope": "all"}
+    attack = {"weight": 0.5, "scopes": ["visual", "full"]}
+    recipe = make_recipe(mask=mask, simulated_attack=attack, losses={"retain_kl": {"weight": 1}})
+    n, total = tiny.count(recipe.train), tiny.count(PARTS)
+
+    found = lines(recipe, tiny, tokens, "unlearn")
+
+    assert found["weights"] == 4 * total
+    assert found["gradients"] == found["starting weights"] == found["model as it was"] == 4 * n
+    assert found["optimiser"] == 8 * n
+    assert found["mask"] == n
+    assert found["attacker's difference"] == 4 * total
+    assert found["attacker's optimiser"] == 8 * total
+    width = next(layer.width for layer in tiny.layers if layer.name == "vision.1")
+    assert width is not None
+    hidden = tiny.model.config.get_text_config().hidden_size
+    assert found["teacher's features"] == 7 * 4 * (36 * width + 9 * hidden)
+    half = lines(make_recipe(model={"dtype": "bfloat16"}), tiny, tokens, "unlearn")
+    assert half["weights"] == 2 * total
+    assert "attacker's difference" not in half
+    assert lines(recipe, tiny, tokens, "relearn, full")["the attacker's copy"] == 4 * total
+
+
+STEP = """
+import json, resource, sys
+import torch
+sys.path.insert(0, {tests!r})
+from conftest import CAST, make_recipe, texts_of
+from vkd_framework import data
+from vkd_framework.estimate import Rate, estimate
+from vkd_framework.estimate.known import tokens_of
+from vkd_framework.plugins import load_adapter
+from vkd_framework.recipe import CelebsData
+from vkd_framework.run import resident_memory
+from vkd_framework.unlearn import unlearn
+from pathlib import Path
+
+splits = data.load(CelebsData.model_validate(CAST))
+mllm = load_adapter({family!r}).tiny_model(texts_of(splits), 48, 0)
+mllm.model(**mllm.tokenize(splits.forget[:2]).inputs)
+batches = {{"steps": 1, "warmup": 0, "forget_batch": 4, "retain_batch": {batch}, "cosine_share": 0.0}}
+recipe = make_recipe(unlearn=batches, simulated_attack={{"weight": 0.5, "batch_size": 4}})
+held = resident_memory()
+found = estimate(recipe, mllm, tokens_of(splits, mllm, mllm.processor), Rate(1e9, ""), process=held)
+unlearn(mllm, recipe, splits, None, resume=Path({folder!r}) / "state.pt", record=lambda history: None)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+expected = next(stage for stage in found.stages if stage.name == "unlearn").bytes
+print(json.dumps([held, expected, peak]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts in KiB on Linux only")
+def test_the_peak_of_a_step_is_met_within_three_tenths(tmp_path: Path) -> None:
+    names = {"tests": str(Path(__file__).parent), "family": "qwen_vl", "batch": 160, "folder": str(tmp_path)}
+    script = STEP.format(**names)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    held, expected, peak = json.loads(done.stdout.splitlines()[-1])
+    assert expected - held == pytest.approx(peak - held, rel=0.3)
+
+
+def of_7b(recipe: Recipe) -> Estimate:
+    anatomy = describe("Qwen/Qwen2-VL-7B-Instruct", load_adapter("qwen_vl"))
+    return estimate(recipe, anatomy, assumed(anatomy), RATE)
+
+
+def test_tokens_of_a_published_model_are_assumed_from_its_config() -> None:
+    found = {
+        name: assumed(describe(name, load_adapter(family)))
+        for family, name in (("qwen_vl", "Qwen/Qwen2-VL-7B-Instruct"), ("llava", "llava-hf/llava-1.5-7b-hf"))
+    }
+    qwen, llava = found.values()
+    assert (qwen.patches, qwen.image) == (32**2, 16**2)
+    assert (llava.patches, llava.image) == (24**2, 24**2)
+    assert "assumed" in str(qwen)
+
+
+def test_advice_goes_from_cheap_to_dear_and_ends_when_it_fits() -> None:
+    settings = {"layers": ["vision.31"], "model": {"source": "Qwen/Qwen2-VL-7B-Instruct"}, "teach": None}
+
+    def again(overrides: tuple[str, ...]) -> Estimate:
+        changed: dict[str, Any] = json.loads(json.dumps(settings))
+        for key, _, value in (override.partition("=") for override in overrides):
+            section, _, name = key.partition(".")
+            if name:
+                changed.setdefault(section, {})[name] = [value.strip("[]")] if "[" in value else value
+            else:
+                changed[section] = [value.strip("[]")]
+        return of_7b(make_recipe(**changed))
+
+    first = again(())
+    changes = advise(first, 60e9, again)
+    assert changes[0].settings == {"model.dtype": "bfloat16"}
+    peaks = [first.peak.bytes, *(change.then.peak.bytes for change in changes)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] <= 60e9 < peaks[-2]
+    said = text(first, limit=60e9, changes=changes)
+    assert all(change.flags in said for change in changes)
+    assert advise(first, first.peak.bytes, again) == []
+    too_little = advise(first, 1e9, again)
+    assert "that is not enough" in text(first, limit=1e9, changes=too_little)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_bytes"), [("24GB", 24e9), ("22.5 GiB", 22.5 * 2**30), ("24", 24e9), ("800mb", 8e8)]
+)
+def test_an_amount_of_memory_is_read(given: str, is_bytes: float) -> None:
+    assert wanted_bytes(given) == is_bytes
+
+
+@pytest.mark.parametrize("given", ["", "GB", "24TBs", "1.2.3GB", ".", "-4GB"])
+def test_what_is_no_amount_of_memory_is_refused_in_a_line(given: str) -> None:
+    with pytest.raises(RecipeError, match=r"--gpu-memory .*24GB"):
+        wanted_bytes(given)
+
+
+def test_a_gpu_that_is_not_in_the_table_is_told_with_its_nearest() -> None:
+    rate, gpu = devices.named("H100", "bfloat16")
+    assert (rate.flops, gpu.memory) == (devices.UTILISATION * 989e12, 80e9)
+    with pytest.raises(RecipeError, match=r"H1000.*'H100'"):
+        devices.named("H1000", "float32")
+
+
+def test_a_dry_run_counts_the_embedded_default_as_it_is_encoded() -> None:
+    settings = tuple(f"data.{key}={value}" for key, value in CAST.items() if key != "kind")
+    said = dry_run("qwen2vl_celeb", (*settings, "unlearn.steps=7"), gpu="L4", gpu_memory="1MB").partition("\n\n")[2]
+    assert "(as encoded)" in said
+    assert "7 steps" in said
+    assert "teacher's features" in said
+    assert "fits not" in said
+    assert "relearn, full" in said
+
+
+def test_the_line_at_the_end_of_a_run_holds_both() -> None:
+    cost = {"estimated_step_seconds": 0.5, "step_seconds": 0.25, "peak_memory_bytes": 2**30}
+    said = against({**cost, "estimated_peak_memory_bytes": 2**31})
+    assert said == "estimated against measured: 0.5 s a step against 0.25 s, 2.0 GiB of memory against 1.0 GiB"
+    untuned = dict.fromkeys(("estimated_step_seconds", "step_seconds"))
+    assert "step" not in against({**cost, **untuned, "estimated_peak_memory_bytes": 1})

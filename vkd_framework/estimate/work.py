@@ -1,0 +1,149 @@
+"""How many floating-point operations a step takes, from the shapes of the model's weights.
+
+A weight matrix of n numbers takes 2 n operations for each token, attention of width D over L tokens 4 L D for each of
+them. Going back takes the same again for the gradient of a part's input, where that part or one before it is trained,
+and once more for its weights, where they are trained: a frozen language model has no gradient for its weights, but
+passes one on to the encoder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vkd_framework.estimate.tokens import Tokens, patch_embedding
+from vkd_framework.plugins import Anatomy
+from vkd_framework.recipe import Recipe
+from vkd_framework.types import PARTS, SCOPES, Part
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way through the model: how many pairs, whether to the end, and which parts' weights get a gradient.
+
+    Without any part in `trained` it goes forward only. `times`: how often a step does it.
+    """
+
+    what: str
+    pairs: int
+    output: bool
+    trained: tuple[Part, ...]
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one pass: forward, backward for activations, backward for weights."""
+
+    forward: float
+    activations: float
+    weights: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.forward + self.activations + self.weights
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's shapes say: for each part the numbers in its weight matrices, blocks and width of attention."""
+
+    matrices: dict[Part, int]
+    convolution: int
+    blocks: dict[Part, int]
+    width: dict[Part, int]
+    inner: dict[Part, int]
+    vocabulary: int
+    hidden: int
+    reaching: float = 1.0
+    """Share of the encoder's blocks that reach the language model; the others have no way back."""
+
+
+def sizes(anatomy: Anatomy) -> Sizes:
+    """The sizes of a model, which may be on the meta device."""
+    from torch import nn
+
+    config = anatomy.model.config.get_text_config()
+    head = anatomy.model.get_output_embeddings()
+    patch = patch_embedding(anatomy)
+    matrices: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    inner: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    owner = {name: part for part, names in anatomy.parts.items() for name in names}
+    for name, module in anatomy.model.named_modules():
+        part = owner.get(f"{name}.weight")
+        if isinstance(module, nn.Linear) and part and module is not head and module.weight is not patch:
+            matrices[part] += module.weight.numel()
+            inner[part] = max(inner[part], module.out_features, module.in_features)
+    heads = config.num_attention_heads
+    vision = [layer for layer in anatomy.layers if layer.name.startswith("vision.")]
+    return Sizes(
+        matrices=matrices,
+        convolution=patch.numel(),
+        blocks={"encoder": len(vision), "projector": 0, "language_model": config.num_hidden_layers},
+        width={
+            "encoder": next((layer.width for layer in vision if layer.width), 0),
+            "projector": 0,
+            "language_model": heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        },
+        inner=inner,
+        vocabulary=config.vocab_size,
+        hidden=config.hidden_size,
+        reaching=sum(layer.reaches_language_model for layer in vision) / max(len(vision), 1),
+    )
+
+
+def passes(recipe: Recipe) -> list[Pass]:
+    """What one step of the recipe's unlearning runs; nothing for methods that do not train with losses."""
+    if recipe.procedure != "tune":
+        return []
+    terms, config, attack = recipe.losses, recipe.unlearn, recipe.simulated_attack
+    found = []
+    if terms.forget_output.weight or terms.repel.weight:
+        found.append(Pass("forget", config.forget_batch, terms.forget_output.weight > 0, recipe.train))
+    output = terms.retain_output.weight > 0 or terms.retain_kl.weight > 0
+    if output or terms.attract.weight:
+        found.append(Pass("retain", config.retain_batch, output, recipe.train))
+    if terms.retain_kl.weight:
+        found.append(Pass("retain, as before", config.retain_batch, True, ()))
+    if attack.weight:
+        for scope, drawn in Counter(attack.scopes).items():
+            trained = tuple(part for part in PARTS if part in (*SCOPES[scope], *recipe.train))
+            found.append(Pass(f"attacker, {scope}", attack.batch_size, True, trained, drawn / len(attack.scopes)))
+    return found
+
+
+def flops(size: Sizes, tokens: Tokens, each: Pass) -> dict[Part, Flops]:
+    """The operations of one pass, by part; the language model's with the map to the vocabulary."""
+    reached: tuple[Part, ...] = PARTS if each.output else ("encoder", "projector")
+    found: dict[Part, Flops] = {}
+    for part in reached:
+        count, seen = _tokens_of(part, tokens)
+        matrices = 2 * count * size.matrices[part]
+        attention = 4 * count * seen * size.width[part] * size.blocks[part]
+        pixels = 2 * count * size.convolution if part == "encoder" else 0.0
+        if part == "language_model":
+            matrices += 2 * count * size.hidden * size.vocabulary
+        passed_on = any(one in each.trained for one in PARTS[: PARTS.index(part) + 1])
+        back = each.pairs * (size.reaching if part == "encoder" else 1.0)
+        found[part] = Flops(
+            forward=each.pairs * (matrices + attention + pixels),
+            activations=back * (matrices + 2 * attention) * passed_on,
+            weights=(back * matrices + each.pairs * pixels) * (part in each.trained),
+        )
+    return found
+
+
+def step_flops(size: Sizes, tokens: Tokens, run: Sequence[Pass]) -> float:
+    """The operations of one step."""
+    return sum(each.times * part.total for each in run for part in flops(size, tokens, each).values())
+
+
+def _tokens_of(part: Part, tokens: Tokens) -> tuple[float, float]:
+    """How many tokens of a pair a part works on, and how many of them each attends to."""
+    return {
+        "encoder": (tokens.patches, tokens.tile),
+        "projector": (tokens.image, 0.0),
+        "language_model": (tokens.text, tokens.text),
+    }[part]
