@@ -31,7 +31,7 @@ from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages, atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError, RecipeError
-from vkd_framework.estimate.known import estimate_of, told
+from vkd_framework.estimate.known import estimate_of, looked_at, told
 from vkd_framework.estimate.text import against
 from vkd_framework.evaluate import evaluate
 from vkd_framework.layers_table import describe, plan, source_hash
@@ -57,11 +57,11 @@ def dry_run(
     """The resolved recipe, what it would train and what that would cost; reads no weights and writes nothing."""
     recipe = load_recipe(reference, overrides)
     adapter = load_adapter(recipe.adapter)
-    anatomy = _check_model(recipe, adapter)
+    anatomy, found = looked_at(recipe, adapter, _check_model(recipe, adapter))
     cost = told(
         recipe,
-        adapter,
         anatomy,
+        found,
         device_of(recipe),
         lambda more: load_recipe(reference, (*overrides, *more)),
         gpu=gpu,

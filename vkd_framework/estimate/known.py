@@ -30,8 +30,8 @@ def estimate_of(
 
 def told(
     recipe: Recipe,
-    adapter: Adapter,
     anatomy: Anatomy,
+    found: Tokens,
     device: str,
     changed: Callable[[tuple[str, ...]], Recipe],
     *,
@@ -48,7 +48,6 @@ def told(
         limit = limit or HEADROOM * devices.named(gpu, recipe.model.dtype)[1].memory
     elif limit is None and device.startswith("cuda"):
         limit = HEADROOM * devices.memory_at_hand(device)
-    anatomy, found = looked_at(recipe, adapter, anatomy)
     held = process if limit is None else 0
     width = sizes(anatomy).hidden
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vkd_framework.encodings import LIMIT
+from vkd_framework import encodings, shelf
 from vkd_framework.estimate.tokens import Tokens
 from vkd_framework.estimate.work import Pass, Sizes, passes
 from vkd_framework.plugins import Anatomy
@@ -49,13 +49,13 @@ class Stage:
 
 
 def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, process: int = 0) -> list[Stage]:
-    """The stages of a run that take memory worth telling. `process`: bytes that are held before any of them."""
+    """The stages of a run that take memory worth telling. `process`: bytes that are held before, or 0 on a GPU."""
     each = BYTES[recipe.model.dtype]
     count = {part: anatomy.count([part]) for part in PARTS}
     total = sum(count.values())
     held = [Line("weights", total * each, f"{total:,} x {each}")]
     if process:
-        encoded = min(LIMIT, tokens.photos * tokens.pixels * 4)
+        encoded = min(encodings.LIMIT, tokens.photos * tokens.pixels * 4)
         held += [Line("the program", process, "before anything is loaded"), Line("encoded photos", encoded, "kept")]
 
     def trained(parts: Sequence[Part]) -> int:
@@ -85,7 +85,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         one = Pass("mask", MASK_BATCH, True, recipe.train)
         found.append(Stage("mask", (*held, scores, gradients, *_pass_lines(one, size, tokens, each))))
     if recipe.procedure == "tune":
-        found.append(Stage("unlearn", (*held, *_unlearning(recipe, count, size, tokens, anatomy))))
+        found.append(Stage("unlearn", (*held, *_unlearning(recipe, count, size, tokens, anatomy, process > 0))))
     one = Pass("evaluate", recipe.evaluate.batch_size, True, ())
     found.append(Stage("evaluate", (*held, *_pass_lines(one, size, tokens, each))))
     for scope in recipe.relearn.scopes:
@@ -95,8 +95,10 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     return found
 
 
-def _unlearning(recipe: Recipe, count: dict[Part, int], size: Sizes, tokens: Tokens, anatomy: Anatomy) -> list[Line]:
-    """What unlearning holds beside the weights."""
+def _unlearning(
+    recipe: Recipe, count: dict[Part, int], size: Sizes, tokens: Tokens, anatomy: Anatomy, host: bool
+) -> list[Line]:
+    """What unlearning holds beside the weights; the teacher's features lie in the `host`'s memory, never on a GPU."""
     each = BYTES[recipe.model.dtype]
     n = sum(count[part] for part in recipe.train)
     lines = [
@@ -109,9 +111,9 @@ def _unlearning(recipe: Recipe, count: dict[Part, int], size: Sizes, tokens: Tok
             lines.append(Line("starting weights", n * each, f"{n:,} x {each}, to put back what is masked"))
     if recipe.losses.retain_kl.weight:
         lines.append(Line("model as it was", n * each, f"{n:,} x {each}, the rest is shared"))
-    if features := _features(recipe, size, tokens, anatomy):
-        numbers = tokens.photos * features
-        lines.append(Line("teacher's features", numbers * each, f"{tokens.photos:,} photos x {features:,.0f} x {each}"))
+    if host and (features := _features(recipe, size, tokens, anatomy)):
+        kept = min(shelf.LIMIT, tokens.photos * features * each)
+        lines.append(Line("teacher's features", kept, f"{tokens.photos:,} photos x {features:,.0f} x {each}"))
     run = passes(recipe)
     attacks = [one for one in run if one.what.startswith("attacker")]
     scopes = recipe.simulated_attack.scopes if attacks else ()
