@@ -52,7 +52,7 @@ def test_operations_are_those_that_torch_counts_within_a_twentieth(
             torch.autograd.backward(logits.sum())
     family.model.zero_grad()
 
-    one = work.Pass("all", len(pairs), True, trained)
+    one = work.Pass("all", len(pairs), True, trained, everywhere=True)
     found = work.flops(work.sizes(family), of_batch(family, batch), one).values()
 
     assert sum(part.forward for part in found) == pytest.approx(there.get_total_flops(), rel=0.05)
@@ -97,7 +97,7 @@ def test_a_step_by_hand() -> None:
     tokens = Tokens(patches=8, tile=4, image=2, text=6, answer=1, pixels=64)
     encoder = 2 * 8 * 10, 4 * 8 * 4 * 2 * 1, 2 * 8 * 5  # matrices, attention within a tile, pixels
     projector = 2 * 2 * 20
-    language = 2 * 6 * 30 + 2 * 6 * 4 * 100, 4 * 6 * 6 * 4 * 2  # matrices and vocabulary, attention
+    language = 2 * 6 * 30 + 2 * 1 * 4 * 100, 4 * 6 * 6 * 4 * 2  # matrices and vocabulary at the answer, attention
 
     found = work.flops(size, tokens, work.Pass("one", 3, True, VISUAL))
 
@@ -110,6 +110,8 @@ def test_a_step_by_hand() -> None:
     dead = replace(size, reaching=0.5)  # half of the encoder's blocks do not reach the language model
     assert work.flops(dead, tokens, work.Pass("one", 3, True, VISUAL))["encoder"].weights == 3 * (80 + encoder[2])
     assert "language_model" not in work.flops(size, tokens, work.Pass("one", 3, False, VISUAL))
+    again = work.flops(size, tokens, work.Pass("one", 3, True, VISUAL, recomputed=True))["language_model"]
+    assert again.activations == found["language_model"].activations + found["language_model"].forward
     backwards = work.flops(size, tokens, work.Pass("one", 3, True, ("language_model",)))
     assert backwards["encoder"].activations == backwards["projector"].weights == 0
 
@@ -121,7 +123,8 @@ def test_a_step_runs_what_the_recipe_asks_for() -> None:
     assert run["forget"] == work.Pass("forget", 4, True, VISUAL)
     assert run["retain, as before"].trained == ()
     assert run["attacker, full"] == work.Pass("attacker, full", 2, True, PARTS, 2 / 3)
-    features_only = make_recipe(losses={"forget_output": {"weight": 0}, "retain_output": {"weight": 0}})
+    off = {"forget_output": {"weight": 0}, "retain_output": {"weight": 0}, "repel": {"target": "mean"}}
+    features_only = make_recipe(losses=off)
     assert [each.output for each in work.passes(features_only)] == [False, False]
     assert work.passes(make_recipe(method="manu")) == []
 
@@ -144,7 +147,7 @@ def test_memory_by_hand(tiny: MLLM) -> None:
     assert found["gradients"] == found["starting weights"] == found["model as it was"] == 4 * n
     assert found["optimiser"] == 8 * n
     assert found["mask"] == n
-    assert found["attacker's difference"] == 4 * total
+    assert found["attacker's weights"] == 4 * total
     assert found["attacker's optimiser"] == 8 * total
     width = next(layer.width for layer in tiny.layers if layer.name == "vision.1")
     assert width is not None
@@ -152,7 +155,7 @@ def test_memory_by_hand(tiny: MLLM) -> None:
     assert found["teacher's features"] == 7 * 4 * (36 * width + 9 * hidden)
     half = lines(make_recipe(model={"dtype": "bfloat16"}), tiny, tokens, "unlearn")
     assert half["weights"] == 2 * total
-    assert "attacker's difference" not in half
+    assert "attacker's weights" not in half
     assert lines(recipe, tiny, tokens, "relearn, full")["the attacker's copy"] == 4 * total
 
 
@@ -246,6 +249,19 @@ def test_an_amount_of_memory_is_read(given: str, is_bytes: float) -> None:
 def test_what_is_no_amount_of_memory_is_refused_in_a_line(given: str) -> None:
     with pytest.raises(RecipeError, match=r"--gpu-memory .*24GB"):
         wanted_bytes(given)
+
+
+def test_recomputing_blocks_keeps_their_inputs_alone(tiny: MLLM) -> None:
+    size, tokens = work.sizes(tiny), Tokens(patches=36, tile=36, image=9, text=40, answer=2, pixels=100)
+    kept = memory.saved_numbers(VISUAL, "language_model", size, tokens)
+    inputs = size.blocks["language_model"] * 40 * size.width["language_model"]
+    again = memory.saved_numbers(VISUAL, "language_model", size, tokens, recomputed=True)
+    assert again == inputs + kept / size.blocks["language_model"]
+    recipe = make_recipe(model={"gradient_checkpointing": True})
+    assert (
+        lines(recipe, tiny, tokens, "unlearn")["activations"]
+        < lines(make_recipe(), tiny, tokens, "unlearn")["activations"]
+    )
 
 
 def test_a_gpu_that_is_not_in_the_table_is_told_with_its_nearest() -> None:

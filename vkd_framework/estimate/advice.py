@@ -73,6 +73,11 @@ def _half_precision(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("model.dtype=bfloat16",) if recipe.model.dtype == "float32" else ()
 
 
+def _recomputing(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    wanted = stage == "unlearn" and not recipe.model.gradient_checkpointing
+    return ("model.gradient_checkpointing=true",) if wanted else ()
+
+
 def _relearn_batch(recipe: Recipe, stage: str) -> tuple[str, ...]:
     one = recipe.relearn.batch_size
     return _halved("relearn.batch_size", one) if stage.startswith("relearn") else ()
@@ -110,6 +115,7 @@ def _halved(key: str, value: int) -> tuple[str, ...]:
 CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_evaluate_batch, "measures the same"),
     (_half_precision, "half the digits; usual at this size"),
+    (_recomputing, "the same result, up to half again as long"),
     (_attacker, "withstands attackers of the visual modules, less those who tune everything"),
     (_batches, "noisier steps; more of them may be needed"),
     (_relearn_batch, "a somewhat weaker attack"),

@@ -63,7 +63,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
 
     def training(name: str, parts: Sequence[Part], pairs: int, *more: Line) -> Stage:
         n = trained(parts)
-        every = Pass(name, pairs, True, tuple(parts))
+        every = Pass(name, pairs, True, tuple(parts), everywhere=name == "teach")
         return Stage(
             name,
             (
@@ -81,9 +81,8 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     if recipe.mask.kind != "none":
         n = trained(recipe.train)
         scores = Line("saliency", (3 if recipe.mask.kind == "ratio" else 2) * n * 4, f"{n:,} scores of each set")
-        gradients = Line("gradients", n * each, f"{n:,} x {each}")
         one = Pass("mask", MASK_BATCH, True, recipe.train)
-        found.append(Stage("mask", (*held, scores, gradients, *_pass_lines(one, size, tokens, each))))
+        found.append(Stage("mask", (*held, scores, *_pass_lines(one, size, tokens, each))))
     if recipe.procedure == "tune":
         found.append(Stage("unlearn", (*held, *_unlearning(recipe, count, size, tokens, anatomy, process > 0))))
     one = Pass("evaluate", recipe.evaluate.batch_size, True, ())
@@ -119,41 +118,49 @@ def _unlearning(
     scopes = recipe.simulated_attack.scopes if attacks else ()
     moved = max((sum(count[part] for part in SCOPES[scope]) for scope in scopes), default=0)
     if attacks:
-        lines.append(Line("attacker's difference", moved * each, f"{moved:,} x {each}"))
+        lines.append(Line("attacker's weights", moved * each, f"{moved:,} x {each}"))
         lines.append(Line("attacker's optimiser", 2 * moved * each, f"2 x {moved:,} x {each}"))
-    extra = Line("attacked weights", 2 * moved * each, f"{moved:,} and their gradients, while he is at it")
+    extra = Line("attacked weights", 2 * n * each, f"{n:,} x {each} and their gradients, while he is at it")
     tops = [[*_pass_lines(one, size, tokens, each), *([extra] if one in attacks else [])] for one in run if one.trained]
     return [*lines, *max(tops, key=lambda top: sum(line.bytes for line in top), default=[])]
 
 
 def _pass_lines(one: Pass, size: Sizes, tokens: Tokens, each: int) -> list[Line]:
     """What one pass keeps until the way back, or while it is at it where there is none."""
-    saved = sum(saved_numbers(one.trained, part, size, tokens) for part in (PARTS if one.output else PARTS[:2]))
+    reached = PARTS if one.output else PARTS[:2]
+    saved = sum(saved_numbers(one.trained, part, size, tokens, recomputed=one.recomputed) for part in reached)
     how = f"{one.pairs} pairs ({one.what}) x {saved:,.0f} x {each}" if one.trained else f"{one.pairs} pairs, one block"
     lines = [
         Line("activations", one.pairs * saved * each, how),
         Line("photos", one.pairs * tokens.pixels * 4, f"{one.pairs} x {tokens.pixels:,.0f} x 4"),
     ]
     if one.output:
-        numbers = one.pairs * tokens.text * size.vocabulary
-        both = 2 if one.trained else 1
-        how = f"{one.pairs} x {tokens.text:,.0f} x {size.vocabulary:,} x {each}"
-        lines.append(Line("logits", both * numbers * each, how + (" and their gradient" if one.trained else "")))
+        places = tokens.text if one.everywhere else tokens.answer
+        numbers = one.pairs * places * size.vocabulary
+        wide = each if each == 4 else each + 4  # losses are computed in float32
+        how = f"{one.pairs} x {places:,.0f} x {size.vocabulary:,} x {wide}"
+        both = (2, how + " and their gradient") if one.trained else (1, how)
+        lines.append(Line("logits", both[0] * numbers * wide, both[1]))
     return lines
 
 
-def saved_numbers(trained: Sequence[Part], part: Part, size: Sizes, tokens: Tokens) -> float:
-    """Numbers that autograd saves in one part for one pair; of a part without a way back, what one block works on."""
-    width, inner = size.width[part], size.inner[part]
-    reached = any(one in trained for one in PARTS[: PARTS.index(part) + 1])
-    blocks = size.blocks[part] if reached else 1
-    if part == "encoder":
-        wide, deep = ENCODER_SAVES
-        return tokens.patches * blocks * (wide * width + deep * inner)
+def saved_numbers(
+    trained: Sequence[Part], part: Part, size: Sizes, tokens: Tokens, *, recomputed: bool = False
+) -> float:
+    """Numbers that autograd saves in one part for one pair; of a part without a way back, what one block works on.
+
+    `recomputed`: blocks keep their inputs alone, and one of them at a time is computed again.
+    """
     if part == "projector":
-        return tokens.image * 4 * inner
-    wide, deep = TRAINED_SAVES if part in trained else FROZEN_SAVES
-    return tokens.text * blocks * (wide * width + deep * inner)
+        return tokens.image * 4 * size.inner[part]
+    many = tokens.patches if part == "encoder" else tokens.text
+    wide, deep = ENCODER_SAVES if part == "encoder" else TRAINED_SAVES if part in trained else FROZEN_SAVES
+    block = many * (wide * size.width[part] + deep * size.inner[part])
+    if not any(one in trained for one in PARTS[: PARTS.index(part) + 1]):
+        return block
+    if recomputed:
+        return block + size.blocks[part] * many * size.width[part]
+    return size.blocks[part] * block
 
 
 def _features(recipe: Recipe, size: Sizes, tokens: Tokens, anatomy: Anatomy) -> float:

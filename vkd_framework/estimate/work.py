@@ -22,7 +22,9 @@ from vkd_framework.types import PARTS, SCOPES, Part
 class Pass:
     """One way through the model: how many pairs, whether to the end, and which parts' weights get a gradient.
 
-    Without any part in `trained` it goes forward only. `times`: how often a step does it.
+    Without any part in `trained` it goes forward only. `times`: how often a step does it. `everywhere`: whether the
+    vocabulary is asked at every token, or only where an answer is predicted. `recomputed`: whether blocks keep their
+    inputs alone and are computed again on the way back.
     """
 
     what: str
@@ -30,6 +32,8 @@ class Pass:
     output: bool
     trained: tuple[Part, ...]
     times: float = 1.0
+    everywhere: bool = False
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,13 @@ def passes(recipe: Recipe) -> list[Pass]:
         return []
     terms, config, attack = recipe.losses, recipe.unlearn, recipe.simulated_attack
     found = []
+    again = recipe.model.gradient_checkpointing
     if terms.forget_output.weight or terms.repel.weight:
-        found.append(Pass("forget", config.forget_batch, terms.forget_output.weight > 0, recipe.train))
+        to_the_end = terms.forget_output.weight > 0
+        found.append(Pass("forget", config.forget_batch, to_the_end, recipe.train, recomputed=again))
     output = terms.retain_output.weight > 0 or terms.retain_kl.weight > 0
     if output or terms.attract.weight:
-        found.append(Pass("retain", config.retain_batch, output, recipe.train))
+        found.append(Pass("retain", config.retain_batch, output, recipe.train, recomputed=again))
     if terms.retain_kl.weight:
         found.append(Pass("retain, as before", config.retain_batch, True, ()))
     if attack.weight:
@@ -124,12 +130,12 @@ def flops(size: Sizes, tokens: Tokens, each: Pass) -> dict[Part, Flops]:
         attention = 4 * count * seen * size.width[part] * size.blocks[part]
         pixels = 2 * count * size.convolution if part == "encoder" else 0.0
         if part == "language_model":
-            matrices += 2 * count * size.hidden * size.vocabulary
+            matrices += 2 * (count if each.everywhere else tokens.answer) * size.hidden * size.vocabulary
         passed_on = any(one in each.trained for one in PARTS[: PARTS.index(part) + 1])
         back = each.pairs * (size.reaching if part == "encoder" else 1.0)
         found[part] = Flops(
             forward=each.pairs * (matrices + attention + pixels),
-            activations=back * (matrices + 2 * attention) * passed_on,
+            activations=back * (matrices + 2 * attention + each.recomputed * (matrices + attention)) * passed_on,
             weights=(back * matrices + each.pairs * pixels) * (part in each.trained),
         )
     return found
