@@ -29,9 +29,9 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """With the nearest command when the given one does not exist."""
-        from vkd_framework.recipe import nearest
-
         if args and args[0] not in self.commands and not args[0].startswith("-"):
+            from vkd_framework.recipe import nearest
+
             ctx.fail(f"no command {args[0]!r}{nearest(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
 
