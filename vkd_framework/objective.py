@@ -24,6 +24,9 @@ from vkd_framework.recipe import FeatureTerm, Recipe
 from vkd_framework.teachers import Teacher, guides, layers_of
 from vkd_framework.types import PARTS, EncodedBatch, ImageQuestionPair, Splits
 
+Down = Callable[[Tensor], None]
+"""What goes backward from a loss."""
+
 
 @dataclass(frozen=True)
 class _Term:
@@ -63,6 +66,7 @@ class Objective:
     ) -> None:
         terms = recipe.losses
         self._mllm, self._recompute = mllm, recipe.model.gradient_checkpointing
+        self._micro_batch = recipe.unlearn.micro_batch
         self._forget_output = ForgetOutput(mllm, recipe, splits, reference)
         self._retain_output, self._retain_kl, self._repel_cap = terms.retain_output, terms.retain_kl, terms.repel.cap
         self._vanilla = self._frozen_copy(recipe) if terms.retain_kl.weight else None
@@ -78,14 +82,55 @@ class Objective:
         """Parameters to be trained along with the student's, and thrown away with the objective."""
         return parameters_of(self._maps)
 
-    def forget(self, pairs: Sequence[ImageQuestionPair]) -> tuple[Tensor, dict[str, float]]:
-        """Weighted sum of the forget terms, and each term before weighting."""
+    def forget(self, pairs: Sequence[ImageQuestionPair], down: Down | None = None) -> tuple[Tensor, dict[str, float]]:
+        """Weighted sum of the forget terms, and each term before weighting.
+
+        `down` is given the loss of each part of the batch (`unlearn.micro_batch`) as soon as it is known, to go
+        backward; the sum then leads nowhere, and no more than one part is held.
+        """
+        share = ranks.share(pairs)
+        weigh = _Weights(pairs, [True] * len(pairs))
+        return self._in_parts(share, [True] * len(share), weigh, self._forget_part, down)
+
+    def retain(self, pairs: Sequence[ImageQuestionPair], down: Down | None = None) -> tuple[Tensor, dict[str, float]]:
+        """Weighted sum of the retain terms, and each term before weighting; `down` as for `forget`."""
+        if not (self._retain_output.weight or self._retain_kl.weight or self._attract.weight):
+            return torch.zeros((), device=self._mllm.device), {}
+        kept = [not self._splits.shows_forgotten(pair) for pair in pairs]
+        share = ranks.share(pairs)
+        tokens = 0 if self._vanilla is None else int(_answers(self._mllm.tokenize(share)).sum())
+        return self._in_parts(share, ranks.share(kept), _Weights(pairs, kept, tokens), self._retain_part, down)
+
+    def _in_parts(
+        self,
+        share: Sequence[ImageQuestionPair],
+        compared: Sequence[bool],
+        weigh: _Weights,
+        of_part: Callable[[Sequence[ImageQuestionPair], Sequence[bool], _Weights], tuple[Tensor, dict[str, float]]],
+        down: Down | None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        size = self._micro_batch or len(share)
+        whole, terms = torch.zeros((), device=self._mllm.device), dict[str, float]()
+        for start in range(0, len(share), size):
+            part = slice(start, start + size)
+            loss, found = of_part(share[part], compared[part], weigh)
+            if down is not None:
+                down(loss)
+                loss = loss.detach()
+            whole = whole + loss
+            for name, value in found.items():
+                terms[name] = terms[name] + value if name in terms else value
+        return whole, terms
+
+    def _forget_part(
+        self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], weigh: _Weights
+    ) -> tuple[Tensor, dict[str, float]]:
         terms = {}
         output = self._forget_output
-        of_pairs, of_compared = _weights(pairs, [True] * len(pairs))
-        pairs = output.targets(ranks.share(pairs))
+        of_pairs, of_compared = weigh.pairs(pairs), weigh.compared(pairs, compared)
+        pairs = output.targets(pairs)
         asked = output.tokens if output.weight else None
-        batch, distance, logits = self._forward(pairs, [True] * len(pairs), self._repel, asked)
+        batch, distance, logits = self._forward(pairs, compared, self._repel, asked)
         loss = torch.zeros((), device=self._mllm.device)
         if logits is not None:
             term, cross_entropy = output.loss(pairs, batch, logits)
@@ -97,18 +142,15 @@ class Objective:
             terms["repel"] = of_compared * distance.mean().item()
         return loss, terms
 
-    def retain(self, pairs: Sequence[ImageQuestionPair]) -> tuple[Tensor, dict[str, float]]:
-        """Weighted sum of the retain terms, and each term before weighting."""
+    def _retain_part(
+        self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], weigh: _Weights
+    ) -> tuple[Tensor, dict[str, float]]:
         terms: dict[str, float] = {}
         output, divergence = self._retain_output, self._retain_kl
+        of_pairs, of_compared = weigh.pairs(pairs), weigh.compared(pairs, compared)
         loss = torch.zeros((), device=self._mllm.device)
-        if not (output.weight or divergence.weight or self._attract.weight):
-            return loss, terms
-        kept = [not self._splits.shows_forgotten(pair) for pair in pairs]
-        of_pairs, of_compared = _weights(pairs, kept)
-        whole, pairs, kept = pairs, ranks.share(pairs), ranks.share(kept)
         asked = _answers if output.weight or divergence.weight else None
-        batch, distance, logits = self._forward(pairs, kept, self._attract, asked)
+        batch, distance, logits = self._forward(pairs, compared, self._attract, asked)
         if logits is not None and output.weight:
             cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], _answers(batch))
             loss = loss + of_pairs * output.weight * cross_entropy.mean()
@@ -117,7 +159,7 @@ class Objective:
             with torch.no_grad():
                 before = answer_logits(self._vanilla.model, batch.inputs, _answers(batch))
             apart = losses.kl_divergence(before, logits)
-            of_tokens = ranks.weight_of(len(logits), whole)
+            of_tokens = weigh.tokens(len(logits))
             loss = loss + of_tokens * divergence.weight * apart
             terms["retain_kl"] = of_tokens * apart.item()
         if distance is not None:
@@ -173,10 +215,31 @@ class Objective:
         return _Term(term.weight, layers_of(term, recipe), distance, teacher, mapped, learning)
 
 
-def _weights(pairs: Sequence[ImageQuestionPair], compared: Sequence[bool]) -> tuple[float, float]:
-    """What this process's means over its pairs, and over its compared photos, weigh among those of all processes."""
-    photos = [bool(pair.photos) and wanted for pair, wanted in zip(pairs, compared, strict=True)]
-    return ranks.weight([True] * len(pairs)), ranks.weight(photos)
+class _Weights:
+    """What the means over a part of this process's share weigh among those over the whole batch of all processes."""
+
+    def __init__(self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], tokens: int = 0) -> None:
+        share = ranks.share(pairs)
+        self._share, self._shown, self._tokens = len(share), sum(_shown(share, ranks.share(compared))), tokens
+        self._of_pairs = ranks.weight([True] * len(pairs))
+        self._of_compared = ranks.weight(_shown(pairs, compared))
+        self._of_tokens = ranks.weight_of(tokens, pairs) if tokens else 0.0
+
+    def pairs(self, part: Sequence[ImageQuestionPair]) -> float:
+        """Of a mean over the part's pairs."""
+        return self._of_pairs * (len(part) / self._share)
+
+    def compared(self, part: Sequence[ImageQuestionPair], compared: Sequence[bool]) -> float:
+        """Of a mean over those that are compared with the teacher; 0 where none is."""
+        return self._of_compared * (sum(_shown(part, compared)) / self._shown) if self._shown else 0.0
+
+    def tokens(self, count: int) -> float:
+        """Of a mean over `count` answer tokens."""
+        return self._of_tokens * (count / self._tokens) if self._tokens else 0.0
+
+
+def _shown(pairs: Sequence[ImageQuestionPair], compared: Sequence[bool]) -> list[bool]:
+    return [bool(pair.photos) and wanted for pair, wanted in zip(pairs, compared, strict=True)]
 
 
 def _answers(batch: EncodedBatch) -> Tensor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vkd_framework import ranks
 from vkd_framework.batches import Batches, MixedBatches, shared_out
@@ -111,22 +112,24 @@ class Stepper:
             group["lr"] = rate
         phase, held = phase_at(step, config), self._floor.holds(step)
         self.optimizer.zero_grad(set_to_none=True)
-        forget_loss, forget_terms = objective.forget(self._forget.batch(step))
-        if not any(ranks.gather(forget_loss.requires_grad)):
+        strength, reached = config.phases[phase].forget if held else 0.0, [False]
+
+        def down(loss: Tensor, strength: float = 1.0) -> None:
+            if loss.requires_grad:
+                reached.append(True)
+                torch.autograd.backward(strength * loss)
+
+        _, forget_terms = objective.forget(self._forget.batch(step), partial(down, strength=strength))
+        if not any(ranks.gather(any(reached))):
             raise RecipeError(
                 f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
                 "train what lies before losses.repel.layers, or give losses.forget_output a weight"
             )
-        strength = config.phases[phase].forget if held else 0.0
-        if forget_loss.requires_grad:
-            torch.autograd.backward(strength * forget_loss)
         if attacked := strength * recipe.simulated_attack.weight:
             forget_terms["attacked"] = self.attacker.add_gradient(step, attacked)
         if mask and recipe.mask.scope == "forget":
             mask_gradients(parameters, mask)
-        retain_loss, retain_terms = objective.retain(self._retain.batch(step))
-        if retain_loss.requires_grad:
-            torch.autograd.backward(retain_loss)
+        _, retain_terms = objective.retain(self._retain.batch(step), down)
         if mask and recipe.mask.scope == "all":
             mask_gradients(parameters, mask)
         ranks.add_gradients(self.learned)

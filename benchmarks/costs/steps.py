@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vkd_output_terms_only": ("vkd", (ALONE, OUTPUT_ONLY)),
     "vkd_feature_terms_only": (
         "vkd_paper",
-        (ALONE, "losses.forget_output.weight=0", FEATURES_ONLY, "mask={kind: none}"),
+        (ALONE, "losses.forget_output.weight=0", FEATURES_ONLY, "mask={kind: none}", "losses.repel.target=noise"),
     ),
 }
 """What is timed -> the method and what is changed of it. `npo` has no retain term, in its paper too."""

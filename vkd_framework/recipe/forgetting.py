@@ -164,6 +164,9 @@ class UnlearnConfig(Section):
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     forget_batch: int = Field(default=16, ge=1)
     retain_batch: int = Field(default=32, ge=1)
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="most pairs that go through the model at once; null: the whole batch"
+    )
     retain_shares: dict[Literal["others", "strangers", "forgotten"], Weight] | None = Field(
         default=None,
         description="how a retain batch is made up: people who stay, nameless ones, and what anybody can see on photos "
