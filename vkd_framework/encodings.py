@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import ProcessorMixin
 
-LIMIT = 2**28
+LIMIT = 2**26
 """Bytes that are kept for one processor; what was not used for longest goes first."""
 
 CHECKED = 2

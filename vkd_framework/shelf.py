@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vkd_framework.cache import cache_folder
 
-LIMIT = 2**28
+LIMIT = 2**26
 """Bytes of features that are held in memory."""
 
 Keys = tuple[str, ...]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from costs.memory import Stopwatch
-from costs.models import SIZES, Size, build, recipe_of, splits_of
+from costs.models import PEOPLE, SIZES, Size, build, recipe_of, splits_of
 from costs.steps import prepared
 from vkd_framework.evaluate import evaluate
 from vkd_framework.plugins import MLLM
@@ -20,7 +20,6 @@ from vkd_framework.types import Scope, Splits
 
 FACTORS = (1, 4, 16)
 VARIANT = "vkd_attacker_full"
-PEOPLE = 6
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "vkd --help": ("--help",),
@@ -66,8 +65,8 @@ def in_pairs(mllm: MLLM, family: str, size: Size, splits: Splits) -> list[dict[s
 def with_people(family: str, name: str, factor: int) -> dict[str, Any]:
     """Seconds of a step where the cast is `factor` times as large; for a fresh process, which then knows its peak."""
     size = SIZES[name]
-    splits = splits_of(size, PEOPLE * factor)
-    one = prepared(VARIANT, build(family, size, splits), family, size, splits, PEOPLE * factor)
+    splits = splits_of(size, casts=factor)
+    one = prepared(VARIANT, build(family, size, splits), family, size, splits)
     one.step(0)
     watch = Stopwatch(size.device)
     one.step(1)

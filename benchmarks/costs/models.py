@@ -8,7 +8,7 @@ pixels wide: a picture of `image_size` gives the tokens of a real one that is as
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from vkd_framework import data
 from vkd_framework.plugins import MLLM, load_adapter
 from vkd_framework.recipe import CelebsData, Recipe, load_recipe
-from vkd_framework.types import Splits
+from vkd_framework.types import ImageQuestionPair, Splits
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,42 @@ SIZES = {
     "8b": Size(192, 2, 6, 16, "bfloat16", "cuda"),
 }
 
+PEOPLE = 6
 GEOMETRY = ("patch_size", "image_size", "num_position_embeddings", "image_seq_length")
 """Settings that belong to the pictures, and so to the processor."""
 HEADS, BLOCKS = ("num_attention_heads", "num_heads"), ("num_hidden_layers", "depth")
 WIDTHS = ("hidden_size", "embed_dim", "intermediate_size", "out_hidden_size")
 
 
-def cast(size: Size, people: int = 6) -> dict[str, Any]:
+def cast(size: Size, seed: int = 0) -> dict[str, Any]:
     """The drawn people of the benchmark: few of them, with photos of the size's width."""
     photos = {"train_photos": 4, "test_photos": 2, "attacker_photos": 0, "image_size": size.image_size}
-    return {"kind": "celebs", "people": people, "forget": 2, "strangers": 4, "extras": 12, "test_pairs": 20, **photos}
+    return {
+        "kind": "celebs",
+        "seed": seed,
+        "people": PEOPLE,
+        "forget": 2,
+        "strangers": 4,
+        "extras": 12,
+        "test_pairs": 20,
+        **photos,
+    }
 
 
-def splits_of(size: Size, people: int = 6) -> Splits:
-    """The pairs of the benchmark's people."""
-    return data.load(CelebsData.model_validate(cast(size, people)))
+def splits_of(size: Size, casts: int = 1) -> Splits:
+    """The pairs of the benchmark's people; of several casts, all people are retained that the first does not forget."""
+    first, *others = (data.load(CelebsData.model_validate(cast(size, seed))) for seed in range(casts))
+    retain = [_renamed(pair, f"{seed}/") for seed, other in enumerate(others, start=1) for pair in other.retain]
+    return replace(first, retain=(*first.retain, *retain))
 
 
-def recipe_of(family: str, size: Size, method: str, *overrides: str, people: int = 6) -> Recipe:
+def _renamed(pair: ImageQuestionPair, cast: str) -> ImageQuestionPair:
+    """The pair with names of its own, where other casts have the same."""
+    photos = tuple(replace(photo, key=cast + photo.key) for photo in pair.photos)
+    return replace(pair, id=cast + pair.id, photos=photos, subject=pair.subject and cast + pair.subject)
+
+
+def recipe_of(family: str, size: Size, method: str, *overrides: str) -> Recipe:
     """The family's recipe on the benchmark's people, with the size's batches; an attack neither ends nor waits.
 
     The rate is so low that all methods can be timed on one model, one after the other.
@@ -85,7 +103,7 @@ def recipe_of(family: str, size: Size, method: str, *overrides: str, people: int
         FAMILIES[family].recipe,
         (
             f"method={method}",
-            f"data={cast(size, people)}",
+            f"data={cast(size)}",
             f"model.dtype={size.dtype}",
             f"unlearn.forget_batch={size.forget_batch}",
             f"unlearn.retain_batch={size.retain_batch}",

@@ -68,12 +68,12 @@ class Prepared:
     written: Callable[[], int]
 
 
-def prepared(name: str, mllm: MLLM, family: str, size: Size, splits: Splits, people: int = 6) -> Prepared:
+def prepared(name: str, mllm: MLLM, family: str, size: Size, splits: Splits) -> Prepared:
     """The variant or floor of that name, on `mllm` itself, which it trains."""
     if name in FLOORS:
-        return _floor(mllm, recipe_of(family, size, "vkd", people=people), splits, FLOORS[name])
+        return _floor(mllm, recipe_of(family, size, "vkd"), splits, FLOORS[name])
     method, overrides = VARIANTS[name]
-    recipe = recipe_of(family, size, method, *overrides, people=people)
+    recipe = recipe_of(family, size, method, *overrides)
     mask = _some_mask(mllm, recipe) if recipe.mask.kind != "none" else None
     stepper = Stepper(mllm, recipe, splits, mask, reference=None)
 
