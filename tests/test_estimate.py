@@ -238,6 +238,19 @@ def test_advice_goes_from_cheap_to_dear_and_ends_when_it_fits() -> None:
     assert "that is not enough" in text(first, limit=1e9, changes=too_little)
 
 
+def test_a_batch_in_parts_takes_the_memory_of_a_part_and_the_work_of_the_whole() -> None:
+    settings = {"layers": ["vision.31"], "model": {"source": "Qwen/Qwen2-VL-7B-Instruct"}, "teach": None}
+    alone = {"simulated_attack": {"weight": 0.0}}
+    whole, parts = (
+        of_7b(make_recipe(**settings, **alone, unlearn={"forget_batch": 8, "retain_batch": 8, "micro_batch": most}))
+        for most in (None, 2)
+    )
+    small = of_7b(make_recipe(**settings, **alone, unlearn={"forget_batch": 2, "retain_batch": 2}))
+    held = [next(s.bytes for s in found.stages if s.name == "unlearn") for found in (whole, parts, small)]
+    assert held[1] == held[2] < held[0]
+    assert parts.step_flops == whole.step_flops > small.step_flops
+
+
 @pytest.mark.parametrize(
     ("given", "is_bytes"), [("24GB", 24e9), ("22.5 GiB", 22.5 * 2**30), ("24", 24e9), ("800mb", 8e8)]
 )

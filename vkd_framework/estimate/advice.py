@@ -78,6 +78,12 @@ def _recomputing(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("model.gradient_checkpointing=true",) if wanted else ()
 
 
+def _parts_of_batches(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    config = recipe.unlearn
+    most = config.micro_batch or max(config.forget_batch, config.retain_batch)
+    return _halved("unlearn.micro_batch", most) if stage == "unlearn" else ()
+
+
 def _relearn_batch(recipe: Recipe, stage: str) -> tuple[str, ...]:
     one = recipe.relearn.batch_size
     return _halved("relearn.batch_size", one) if stage.startswith("relearn") else ()
@@ -86,12 +92,18 @@ def _relearn_batch(recipe: Recipe, stage: str) -> tuple[str, ...]:
 def _batches(recipe: Recipe, stage: str) -> tuple[str, ...]:
     if stage != "unlearn":
         return ()
-    config, attack = recipe.unlearn, recipe.simulated_attack
+    config = recipe.unlearn
     return (
         *_halved("unlearn.forget_batch", config.forget_batch),
         *_halved("unlearn.retain_batch", config.retain_batch),
-        *(_halved("simulated_attack.batch_size", attack.batch_size) if attack.weight else ()),
+        *_attacker_batch(recipe, stage),
     )
+
+
+def _attacker_batch(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    attack = recipe.simulated_attack
+    at_work = stage == "unlearn" and attack.weight
+    return _halved("simulated_attack.batch_size", attack.batch_size) if at_work else ()
 
 
 def _attacker(recipe: Recipe, stage: str) -> tuple[str, ...]:
@@ -115,8 +127,10 @@ def _halved(key: str, value: int) -> tuple[str, ...]:
 CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_evaluate_batch, "measures the same"),
     (_half_precision, "half the digits; usual at this size"),
+    (_parts_of_batches, "the same result, in more and smaller passes"),
     (_recomputing, "the same result, up to half again as long"),
     (_attacker, "withstands attackers of the visual modules, less those who tune everything"),
+    (_attacker_batch, "withstands a somewhat weaker attacker"),
     (_batches, "noisier steps; more of them may be needed"),
     (_relearn_batch, "a somewhat weaker attack"),
     (_relearn_scopes, "does not measure the attack on every weight"),

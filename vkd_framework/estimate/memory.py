@@ -129,16 +129,20 @@ def _pass_lines(one: Pass, size: Sizes, tokens: Tokens, each: int) -> list[Line]
     """What one pass keeps until the way back, or while it is at it where there is none."""
     reached = PARTS if one.output else PARTS[:2]
     saved = sum(saved_numbers(one.trained, part, size, tokens, recomputed=one.recomputed) for part in reached)
-    how = f"{one.pairs} pairs ({one.what}) x {saved:,.0f} x {each}" if one.trained else f"{one.pairs} pairs, one block"
+    how = (
+        f"{one.at_once} pairs ({one.what}) x {saved:,.0f} x {each}"
+        if one.trained
+        else f"{one.at_once} pairs, one block"
+    )
     lines = [
-        Line("activations", one.pairs * saved * each, how),
-        Line("photos", one.pairs * tokens.pixels * 4, f"{one.pairs} x {tokens.pixels:,.0f} x 4"),
+        Line("activations", one.at_once * saved * each, how),
+        Line("photos", one.at_once * tokens.pixels * 4, f"{one.at_once} x {tokens.pixels:,.0f} x 4"),
     ]
     if one.output:
         places = tokens.text if one.everywhere else tokens.answer
-        numbers = one.pairs * places * size.vocabulary
+        numbers = one.at_once * places * size.vocabulary
         wide = each if each == 4 else each + 4  # losses are computed in float32
-        how = f"{one.pairs} x {places:,.0f} x {size.vocabulary:,} x {wide}"
+        how = f"{one.at_once} x {places:,.0f} x {size.vocabulary:,} x {wide}"
         both = (2, how + " and their gradient") if one.trained else (1, how)
         lines.append(Line("logits", both[0] * numbers * wide, both[1]))
     return lines

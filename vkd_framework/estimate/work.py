@@ -24,7 +24,8 @@ class Pass:
 
     Without any part in `trained` it goes forward only. `times`: how often a step does it. `everywhere`: whether the
     vocabulary is asked at every token, or only where an answer is predicted. `recomputed`: whether blocks keep their
-    inputs alone and are computed again on the way back.
+    inputs alone and are computed again on the way back. `most`: how many pairs are in the model at once, where that is
+    bounded.
     """
 
     what: str
@@ -34,6 +35,12 @@ class Pass:
     times: float = 1.0
     everywhere: bool = False
     recomputed: bool = False
+    most: int | None = None
+
+    @property
+    def at_once(self) -> int:
+        """How many pairs take memory at the same time."""
+        return min(self.pairs, self.most or self.pairs)
 
 
 @dataclass(frozen=True)
@@ -104,15 +111,15 @@ def passes(recipe: Recipe) -> list[Pass]:
         return []
     terms, config, attack = recipe.losses, recipe.unlearn, recipe.simulated_attack
     found = []
-    again = recipe.model.gradient_checkpointing
+    again, most = recipe.model.gradient_checkpointing, config.micro_batch
     if terms.forget_output.weight or terms.repel.weight:
         to_the_end = terms.forget_output.weight > 0
-        found.append(Pass("forget", config.forget_batch, to_the_end, recipe.train, recomputed=again))
+        found.append(Pass("forget", config.forget_batch, to_the_end, recipe.train, recomputed=again, most=most))
     output = terms.retain_output.weight > 0 or terms.retain_kl.weight > 0
     if output or terms.attract.weight:
-        found.append(Pass("retain", config.retain_batch, output, recipe.train, recomputed=again))
+        found.append(Pass("retain", config.retain_batch, output, recipe.train, recomputed=again, most=most))
     if terms.retain_kl.weight:
-        found.append(Pass("retain, as before", config.retain_batch, True, ()))
+        found.append(Pass("retain, as before", config.retain_batch, True, (), most=most))
     if attack.weight:
         for scope, drawn in Counter(attack.scopes).items():
             trained = tuple(part for part in PARTS if part in (*SCOPES[scope], *recipe.train))
