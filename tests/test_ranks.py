@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
+from conftest import CAST
 from rank_worker import RECIPES, everything
+from safetensors.torch import load_file
+
+from vkd_framework import ranks
+from vkd_framework.checkpoint import read_json
+from vkd_framework.cli import main
 
 HERE = Path(__file__).parent
 
@@ -156,3 +166,103 @@ def test_an_error_that_all_processes_make_is_told_once() -> None:
     assert len(lines_of(ends)) == 1
     assert "unlearn.steps" in lines_of(ends)[0]
     assert [end.status for end in ends] == [2, 2]
+
+
+SMALL = {
+    "name": "small",
+    "adapter": "qwen_vl",
+    "data": CAST,
+    "teach": {"steps": 10, "batch_size": 7},
+    "layers": ["vision.1", "projector"],
+    "mask": {"kind": "ratio", "density": 0.5, "pairs": 20},
+    "unlearn": {"steps": 30, "warmup": 0, "forget_batch": 3, "retain_batch": 5, "checkpoint_every": 5},
+    "evaluate": {"batch_size": 16, "max_new_tokens": 4},
+    "relearn": {"shares": [1.0], "steps": [1, 2], "batch_size": 3, "photos": ["known"], "scopes": ["full"]},
+    "attacks": [{"kind": "membership"}, {"kind": "quantize"}],
+}
+
+
+def launched(recipe: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    """A run by two processes, as a user starts it."""
+    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0", "-m"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *command, "vkd_framework", "run", str(recipe), f"--out={out}", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes that a launcher started."""
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a launcher in /proc")
+def test_a_launched_run_that_lost_a_process_goes_on_to_the_result_of_one_that_did_not(tmp_path: Path) -> None:
+    recipe, straight, killed = tmp_path / "small.yaml", tmp_path / "straight", tmp_path / "killed"
+    recipe.write_text(yaml.safe_dump(SMALL))
+    [whole] = ended([launched(recipe, straight)])
+    assert whole.status == 0, whole.err
+    assert whole.err.count("results in") == 1
+    assert whole.out.count("report:") == 1
+    assert read_json(straight / "environment.json")["processes"] == 2
+
+    launcher = launched(recipe, killed)
+    while not (killed / "checkpoints" / "unlearn.pt").exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    os.kill(workers(launcher)[1], signal.SIGKILL)
+    [broken] = ended([launcher])
+    assert broken.status != 0
+    assert not (killed / "checkpoints" / "unlearn.json").exists()
+
+    [resumed] = ended([launched(recipe, killed, "--resume")])
+    assert resumed.status == 0, resumed.err
+    assert (killed / "history.jsonl").read_text() == (straight / "history.jsonl").read_text()
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (straight, killed))
+    assert apart(first, second) == 0
+    first, second = (read_json(folder / "metrics.json") for folder in (straight, killed))
+    for block in ("models", "attacks", "relearn", "proofs"):
+        assert first[block] == second[block]
+    left_over = [path for path in killed.rglob("*") if path.suffix in (".tmp", ".pt")]
+    assert left_over == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "model.dtype"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "1"}, "--multi_gpu"),
+    ],
+)
+def test_what_a_launcher_was_asked_for_and_a_run_does_not_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, ["run", "qwen2vl_celeb"])
+    assert result.exit_code == 2
+    assert words in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_a_bench_is_not_launched_as_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    result = CliRunner().invoke(main, ["bench", "qwen2vl_celeb"])
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert "--out" in result.output
+
+
+def test_alone_everything_passes_through_as_it_is() -> None:
+    assert (ranks.rank(), ranks.size(), ranks.is_main()) == (0, 1, True)
+    assert ranks.part([1, 2, 3]) == ranks.share([1, 2, 3]) == ranks.in_order([1, 2, 3]) == [1, 2, 3]
+    assert ranks.weight([True, False]) == ranks.weight_of(7, [1]) == 1.0
+    assert ranks.weight([False]) == 0.0
+    gradient = torch.ones(2)
+    assert ranks.add({"a": gradient}, {"a": gradient, "b": gradient})["a"] is gradient
