@@ -24,6 +24,7 @@ FLOORS = (
         "data",
         "batches",
         "features",
+        "int8",
         "alignment",
         "external",
         "substitutes",

@@ -34,6 +34,7 @@ from vkd_framework.errors import ProofError, RecipeError
 from vkd_framework.estimate.known import estimate_of, looked_at, told
 from vkd_framework.estimate.text import against
 from vkd_framework.evaluate import evaluate
+from vkd_framework.int8 import hold_language_model_in_int8
 from vkd_framework.layers_table import describe, plan, source_hash
 from vkd_framework.plugins import MLLM, Adapter, Anatomy, installed_adapters, load_adapter, trainable
 from vkd_framework.progress import log_to, say
@@ -211,11 +212,18 @@ class Run:
         return Stages(self.folder / "checkpoints", peak_memory)
 
     def _load(self, source: str) -> MLLM:
-        mllm = self.adapter.load(source, getattr(torch, self.recipe.model.dtype), self.device)
+        quantized = self.recipe.model.quantize is not None
+        mllm = self._load_as_it_is(source, "cpu" if quantized else self.device)
+        if quantized:
+            hold_language_model_in_int8(mllm)
+            mllm.model.to(self.device)
         mllm.model.requires_grad_(False)
         if self.recipe.model.attention is not None:
             attend(mllm, self.recipe.model.attention)
         return mllm
+
+    def _load_as_it_is(self, source: str, device: str) -> MLLM:
+        return self.adapter.load(source, getattr(torch, self.recipe.model.dtype), device)
 
     def _starting_model(self, name: str, *, knows_forgotten: bool) -> str:
         source: str = self.stages.run(
@@ -299,7 +307,7 @@ class Run:
                 else:
                     source = self._retain_only()
                     taught_for, mllm = teaching_seconds(source), self._load(source)
-            ranks.once(partial(self._save, mllm))
+            ranks.once(partial(self._save, mllm, vanilla))
             after = proofs.witness(mllm, asked, list(parameters), mask)
             outcome = {
                 "trainable_parameters": mllm.count(recipe.train),
@@ -316,7 +324,13 @@ class Run:
         result: dict[str, Any] = self.stages.run("unlearn", work)
         return result
 
-    def _save(self, mllm: MLLM) -> None:
+    def _save(self, mllm: MLLM, vanilla: str) -> None:
+        """Keep the result; a language model that was held in 8 bits is kept as it was before."""
+        if self.recipe.model.quantize is not None:
+            tuned, mllm = mllm.parameters(self.recipe.train), self._load_as_it_is(vanilla, "cpu")
+            with torch.no_grad():
+                for name, parameter in mllm.parameters(self.recipe.train).items():
+                    parameter.copy_(tuned[name])
         with atomic_folder(self.folder / "model") as temporary:
             save(mllm, temporary)
 

@@ -94,6 +94,8 @@ class Recipe(Section):
         if self.reference == "retain_only" and self.teach is None:
             raise ValueError("reference: retain_only needs a `teach` section to teach it with")
         self._teacher_fits()
+        if self.model.quantize is not None:
+            self._leaves_language_model()
         if self.procedure == "tune":
             self._terms_fit()
         elif self.mask.kind != "none":
@@ -103,6 +105,20 @@ class Recipe(Section):
         if self.procedure == "reteach" and set(self.train) != set(PARTS):
             raise ValueError(f"procedure: reteach changes every part; set train to [{', '.join(PARTS)}]")
         return self
+
+    def _leaves_language_model(self) -> None:
+        simulated = self.simulated_attack
+        tuned = {
+            "language_model out of train": "language_model" in self.train,
+            "full out of simulated_attack.scopes": simulated.weight > 0 and "full" in simulated.scopes,
+            "full out of relearn.scopes": "full" in self.relearn.scopes,
+            "quantize out of attacks": any(attack.kind == "quantize" for attack in self.attacks),
+        }
+        if found := [mend for mend, wrong in tuned.items() if wrong]:
+            raise ValueError(
+                f"model.quantize: {self.model.quantize} holds a language model that nothing can tune or round; "
+                f"take {', '.join(found)}"
+            )
 
     def _terms_fit(self) -> None:
         attack = self.simulated_attack
