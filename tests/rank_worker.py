@@ -65,6 +65,11 @@ RECIPES: dict[str, Recipe] = {
         losses={"retain_kl": {"weight": 1.0}, "forget_output": {"cap": 3.0}, "repel": {"cap": 0.1}},
         unlearn={**FAST, "steps": 3, "forget_batch": 3, "retain_batch": 5},
     ),
+    # an attacker who is above his cap at once; batches in parts
+    "above_cap": make_recipe(
+        simulated_attack={"weight": 1.0, "cap": 2.0, "scopes": ["visual"], "head_start": 0, "batch_size": 3},
+        unlearn={**FAST, "steps": 2, "forget_batch": 5, "retain_batch": 5, "micro_batch": 2},
+    ),
     "one_pair": make_recipe(unlearn={**FAST, "steps": 2, "forget_batch": 1, "retain_batch": 1}),
 }
 
@@ -115,9 +120,13 @@ def built(mllm: MLLM, splits: Splits, recipe: Recipe) -> dict[str, torch.Tensor]
 def saliency(start: MLLM, splits: Splits) -> Found:
     parameters = trainable(start, ["projector"])
     scores = accumulate(start, splits.forget[:7], parameters, squared=True, batch_size=2, what="saliency")
-    mask = built(start, splits, make_recipe(train=["projector"], mask=MaskConfig(kind="ratio", density=0.3, pairs=8)))
+    cuts: list[dict[str, Any]] = [{"density": 0.3}, {"threshold": 1.0}]
+    masks = [
+        built(start, splits, make_recipe(train=["projector"], mask=MaskConfig(kind="ratio", pairs=8, **cut)))
+        for cut in cuts
+    ]
     start.model.requires_grad_(False)
-    return {"scores": scores, "mask": mask}
+    return {"scores": scores, "mask": masks[0], "threshold": masks[1]}
 
 
 def answers(start: MLLM, splits: Splits) -> Found:

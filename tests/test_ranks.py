@@ -103,10 +103,11 @@ def test_saliency_is_the_sum_over_all_batches_and_the_mask_the_same(both: Any) -
     one, two, _ = both
     for name, score in one["saliency"]["scores"].items():
         torch.testing.assert_close(two[0]["saliency"]["scores"][name], score, rtol=1e-4, atol=1e-9)
-    mask = {name: m.float() for name, m in one["saliency"]["mask"].items()}
-    flipped = sum(float((two[0]["saliency"]["mask"][name].float() - m).abs().sum()) for name, m in mask.items())
-    assert flipped <= 1e-3 * sum(m.numel() for m in mask.values())
-    assert apart(two[0]["saliency"]["mask"], two[1]["saliency"]["mask"]) == 0
+    for kind in ("mask", "threshold"):
+        mask = one["saliency"][kind]
+        flipped = sum(int((two[0]["saliency"][kind][name] != m).sum()) for name, m in mask.items())
+        assert flipped <= 1e-3 * sum(m.numel() for m in mask.values())
+        assert apart(two[0]["saliency"][kind], two[1]["saliency"][kind]) == 0
 
 
 def test_answers_and_figures_are_gathered_in_order_and_identical(both: Any) -> None:
