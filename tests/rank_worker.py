@@ -67,7 +67,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # an attacker who is above his cap with some of his pairs; batches in parts
     "above_cap": make_recipe(
-        simulated_attack={"weight": 1.0, "cap": 6.6, "scopes": ["visual"], "head_start": 0, "batch_size": 3},
+        simulated_attack={"weight": 1.0, "cap": 6.6, "scopes": ["visual"], "head_start": 0, "batch_size": 7},
         unlearn={**FAST, "steps": 2, "forget_batch": 5, "retain_batch": 5, "micro_batch": 2},
     ),
     "one_pair": make_recipe(unlearn={**FAST, "steps": 2, "forget_batch": 1, "retain_batch": 1}),
