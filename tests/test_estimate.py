@@ -251,6 +251,18 @@ def test_a_batch_in_parts_takes_the_memory_of_a_part_and_the_work_of_the_whole()
     assert parts.step_flops == whole.step_flops > small.step_flops
 
 
+def test_a_frozen_language_model_in_8_bits_takes_a_byte_for_each_rounded_weight() -> None:
+    model = {"source": "Qwen/Qwen2-VL-7B-Instruct", "dtype": "bfloat16"}
+    scopes = {"simulated_attack": {"scopes": ["visual"]}, "relearn": {"scopes": ["visual"]}, "attacks": []}
+    whole, rounded = (
+        of_7b(make_recipe(layers=["vision.31"], teach=None, model={**model, **more}, **scopes))
+        for more in ({}, {"quantize": "int8"})
+    )
+    # the preset's 28 blocks: four maps of attention and three of the feed-forward part
+    linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert whole.peak.bytes - rounded.peak.bytes == linear
+
+
 @pytest.mark.parametrize(
     ("given", "is_bytes"), [("24GB", 24e9), ("22.5 GiB", 22.5 * 2**30), ("24", 24e9), ("800mb", 8e8)]
 )

@@ -53,7 +53,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     each = BYTES[recipe.model.dtype]
     count = {part: anatomy.count([part]) for part in PARTS}
     total = sum(count.values())
-    held = [Line("weights", total * each, f"{total:,} x {each}")]
+    held = [_weights(recipe, total, size, each)]
     if process:
         encoded = min(encodings.LIMIT, tokens.photos * tokens.pixels * 4)
         held += [Line("the program", process, "before anything is loaded"), Line("encoded photos", encoded, "kept")]
@@ -92,6 +92,14 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         copied = Line("the attacker's copy", n * each, f"{n:,} x {each}")
         found.append(training(f"relearn, {scope}", SCOPES[scope], recipe.relearn.batch_size, copied))
     return found
+
+
+def _weights(recipe: Recipe, total: int, size: Sizes, each: int) -> Line:
+    if recipe.model.quantize is None:
+        return Line("weights", total * each, f"{total:,} x {each}")
+    rounded = size.matrices["language_model"]
+    how = f"{total - rounded:,} x {each} + {rounded:,} x 1"
+    return Line("weights", (total - rounded) * each + rounded, how)
 
 
 def _unlearning(
