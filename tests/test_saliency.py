@@ -349,6 +349,23 @@ def test_a_threshold_cuts_where_the_ratio_of_two_sums_would_be_cut(
     assert differing <= count(found) / 10_000  # ties, to the last bit of a float
 
 
+@pytest.mark.parametrize("squared", [True, False])
+def test_a_batch_counts_the_same_however_many_pairs_go_through_the_model_at_once(
+    student: MLLM, splits: Splits, monkeypatch: pytest.MonkeyPatch, squared: bool
+) -> None:
+    parameters = trainable(student, ("encoder", "projector"))
+    pairs = [*splits.forget[:5], *splits.text[:2]]
+
+    def scores(part: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(saliency, "PART", part)
+        monkeypatch.setattr(saliency, "LARGE", 0)
+        return saliency.accumulate(student, pairs, parameters, squared=squared, batch_size=4, what="saliency")
+
+    whole, parts = scores(4), scores(1)
+    for name, score in whole.items():
+        torch.testing.assert_close(parts[name], score, rtol=1e-3, atol=1e-7)
+
+
 def test_no_more_than_one_gradient_is_ever_held(student: MLLM, splits: Splits) -> None:
     parameters = trainable(student, ("encoder", "projector"))
     most: list[int] = []

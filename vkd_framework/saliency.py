@@ -25,10 +25,16 @@ from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress, say
 from vkd_framework.recipe import MaskConfig
-from vkd_framework.types import ImageQuestionPair
+from vkd_framework.types import PARTS, ImageQuestionPair
 
 Mask = dict[str, Tensor]
 """Parameter name -> bool tensor of the parameter's shape, True where a weight may move."""
+
+PART = 2
+"""Pairs that go through the model at once, where visual modules alone of a large model are scored."""
+
+LARGE = 2**25
+"""Weights of a model that memory is saved for; a smaller one would only be slower."""
 
 FLOOR = 1e-3
 """What is added to a retain score before dividing by it, as a share of the mean retain score."""
@@ -65,15 +71,20 @@ def add_up(
 ) -> set[str]:
     """Add what `accumulate` describes to `total`, where it has a parameter; returns whom a gradient reached at all.
 
-    Each gradient is added as soon as it is there, and forgotten: there is never more than one.
+    Each gradient is added as soon as it is there, and forgotten: there is never more than one. But where visual modules
+    of a large model alone are scored, all gradients of a batch take less memory than what a forward pass keeps: then a
+    batch goes through the model `PART` pairs at a time, and its gradients are added up in float32 before they count.
     """
     chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    small = mllm.count(PARTS) < LARGE or parameters.keys() & set(mllm.parts["language_model"])
+    size = batch_size if small else PART
     reached: set[str] = set()
+    summed: dict[str, Tensor] = {}
     if not ranks.is_main():  # what is in it already counts once
         for one in total.values():
             one.zero_()
 
-    def take(name: str, gradient: Tensor) -> None:
+    def count_in(name: str, gradient: Tensor) -> None:
         if name not in reached and bool(gradient.any()):
             reached.add(name)
         if name in total and squared:
@@ -82,14 +93,25 @@ def add_up(
         elif name in total:
             total[name].add_(gradient, alpha=1 / len(chunks))
 
+    def take(name: str, gradient: Tensor) -> None:
+        if name in summed:
+            summed[name].add_(gradient)
+        elif size < batch_size:
+            summed[name] = gradient.float()
+        else:
+            count_in(name, gradient)
+
     with torch.enable_grad(), as_gradients_come(parameters, take):
         for chunk in Progress(ranks.part(chunks), what):
-            batch = mllm.tokenize(chunk)
-            answer = batch.labels != -100
-            logits = answer_logits(mllm.model, batch.inputs, answer)
-            loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).mean()
-            if loss.requires_grad:  # text alone meets nothing that is trained, where only visual modules are
-                torch.autograd.backward(loss, inputs=list(parameters.values()))
+            for start in range(0, len(chunk), size):
+                batch = mllm.tokenize(chunk[start : start + size])
+                answer = batch.labels != -100
+                logits = answer_logits(mllm.model, batch.inputs, answer)
+                loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).sum() / len(chunk)
+                if loss.requires_grad:  # text alone meets nothing that is trained, where only visual modules are
+                    torch.autograd.backward(loss, inputs=list(parameters.values()))
+            while summed:
+                count_in(*summed.popitem())
     ranks.add(total, total)
     return set().union(*ranks.gather(reached))
 
