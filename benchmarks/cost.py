@@ -26,8 +26,8 @@ from costs.models import FAMILIES, SIZES, Size, build, recipe_of, splits_of, war
 from costs.steps import FLOOR_OF, FLOORS, VARIANTS, prepared
 
 from vkd_framework.checkpoint import write_json
+from vkd_framework.machine import environment
 from vkd_framework.plugins import MLLM
-from vkd_framework.run import environment
 from vkd_framework.types import PARTS, Splits
 
 PARTS_OF_RUN = ("steps", "mask", "throughput", "lines", "start_up")

@@ -40,7 +40,7 @@ FLOORS = (
         *("teach", "forgetting", "objective", "simulated_attack", "unlearn", "evaluate", "relearn", "attacks"),
         *("retain_floor", "vanilla", "proofs", "probe"),
     ),
-    ("report", "verdict", "layers_table", "doctor", "scaffold", "estimate"),
+    ("report", "verdict", "layers_table", "doctor", "scaffold", "estimate", "machine"),
     ("run",),
     ("assess", "bench"),
     ("cli", "__main__"),

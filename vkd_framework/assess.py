@@ -18,10 +18,11 @@ from vkd_framework import attacks, data, ranks, relearn
 from vkd_framework.checkpoint import write_json, write_text
 from vkd_framework.errors import ModelError, RecipeError
 from vkd_framework.layers_table import describe
+from vkd_framework.machine import environment
 from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import is_tiny, load_recipe
-from vkd_framework.run import TAUGHT, Run, environment
+from vkd_framework.run import TAUGHT, Run
 from vkd_framework.verdict import verdict
 
 UNLEARNED = "unlearned"

@@ -6,12 +6,7 @@ Each stage leaves its result in the run directory; with `--resume` a finished st
 from __future__ import annotations
 
 import json
-import os
-import platform
-import resource
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -24,7 +19,6 @@ import transformers
 import yaml
 from pydantic import ValidationError
 
-import vkd_framework
 from vkd_framework import attacks, data, external, methods, proofs, pruning, ranks, relearn, report, saliency
 from vkd_framework.answers import changed_text, degenerate_shares, guessed
 from vkd_framework.attacks.target import Target
@@ -36,18 +30,16 @@ from vkd_framework.estimate.text import against
 from vkd_framework.evaluate import evaluate
 from vkd_framework.int8 import hold_language_model_in_int8
 from vkd_framework.layers_table import describe, plan, source_hash
+from vkd_framework.machine import environment, peak_memory, resident_memory
 from vkd_framework.plugins import MLLM, Adapter, Anatomy, installed_adapters, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import Recipe, digest, find_recipe, load_recipe
-from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair, Sample, Splits
+from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair, Splits
 from vkd_framework.unlearn import History, active_parameters, unlearn
 from vkd_framework.vanilla import attend, device_of, save, starting_model, teaching_seconds
 from vkd_framework.verdict import verdict
 
 TAUGHT = "taught"
-SHOWN = {"test_vqa": 5, "forget_visible_vqa": 1, "retain_vqa": 3}
-"""Column -> how many answers of each person the report shows."""
-RETAINED_SUBJECTS = 3
 UNMEASURED = ("name", "description", "method", "seed", "teach", "reference", "layers", "unlearn")
 """Sections of a recipe that decide nothing about what is measured on a taught model, beside those of the method."""
 
@@ -507,7 +499,7 @@ class Run:
 
     def _report(self, metrics: Mapping[str, Any], curves: list[AttackCurve], columns: Mapping[str, Any]) -> None:
         facts = read_json(self.folder / "environment.json")
-        samples = pick_samples(self.splits, columns)
+        samples = report.pick_samples(self.splits, columns)
         history = self._history()
         for name, render in (("report.html", report.render_html), ("report.md", report.render_markdown)):
             text = render(
@@ -521,57 +513,3 @@ class Run:
             forget_count=len(self.splits.forget_subjects),
         )
         write_text(self.folder / "model" / "README.md", card)
-
-
-def pick_samples(splits: Splits, columns: Mapping[str, Any]) -> list[Sample]:
-    """A handful of answers before and after: for every forgotten person, and for a few of the others."""
-    shown: Counter[tuple[str, str | None]] = Counter()
-    retained: set[str | None] = set()
-    samples = []
-    for column, most in SHOWN.items():
-        answers = zip(
-            columns["vanilla"].get(column, {}).get("answers", ()),
-            columns["unlearned"].get(column, {}).get("answers", ()),
-            strict=True,
-        )
-        for pair, (before, after) in zip(splits.columns.get(column, ()), answers, strict=True):
-            if column == "retain_vqa":
-                if pair.subject not in retained and len(retained) >= RETAINED_SUBJECTS:
-                    continue
-                retained.add(pair.subject)
-            if shown[column, pair.subject] < most:
-                shown[column, pair.subject] += 1
-                samples.append(Sample(column, pair, before, after))
-    return samples
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What a reader needs to know about where the run was made."""
-    return {
-        "vkd_framework": vkd_framework.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "processes": ranks.size(),
-    }
-
-
-def resident_memory() -> int:
-    """What the process holds now; where the system does not tell, the most it has held."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return peak_memory()
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_memory() -> int:
-    """The most memory the process has held so far: on the GPU when there is one in use, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

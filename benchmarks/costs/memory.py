@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vkd_framework.machine import peak_resident_memory, resident_memory
 
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Make glibc give freed blocks back at once: what it keeps is not the method's."""
@@ -43,23 +44,13 @@ class Peak:
         gc.collect()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self._base = 0 if device == "cuda" else resident()
+        self._base = 0 if device == "cuda" else resident_memory()
 
     def bytes(self) -> int:
         """The highest so far, above the base."""
         if self._device == "cuda":
             return torch.cuda.max_memory_allocated()
-        return _highest() - self._base
-
-
-def resident() -> int:
-    """Bytes of memory the process holds now; where that cannot be read, the most it ever held."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else _highest()
-
-
-def _highest() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_resident_memory() - self._base
 
 
 @dataclass
