@@ -319,7 +319,7 @@ def test_a_map_is_learnt_by_attract_alone_and_leaves_nothing_behind(student: MLL
 
 @pytest.mark.parametrize("teacher", [{"kind": "self"}, TIMM])
 def test_relational_distances_need_no_map(tiny: MLLM, splits: Splits, teacher: dict[str, str]) -> None:
-    terms = {"attract": {"distance": "cka"}, "repel": {"distance": "similarity"}}
+    terms = {"attract": {"distance": "cka"}, "repel": {"distance": "similarity"}, "forget_output": {"weight": 1.0}}
     objective = Objective(tiny, teaching(teacher=teacher, losses=terms), splits)
     assert objective.learned == {}
     assert 0 <= objective.retain(kept_pairs(splits)[:3])[1]["attract"] <= 1
