@@ -73,7 +73,8 @@ def vkd_tokenize_pairs(  # type: ignore[empty-body]
     """Encode pairs with the family's own chat template and processor.
 
     With `with_answer`, labels cover the answer tokens and the stop token after them, nothing else. Without it the text
-    ends where the model's answer begins, and all labels are -100.
+    ends where the model's answer begins, and all labels are -100. The same question, answer and photos must always
+    become the same: they are encoded once.
     """
 
 
