@@ -63,13 +63,16 @@ def test_with_the_forget_terms_at_zero_strength_it_does_not_matter_what_is_to_be
 ) -> None:
     others = replace(few, forget=few.forget[:3])
 
-    def after(splits: Splits, **phase: float) -> dict[str, bytes]:
-        mllm = knowing.copy()
-        unlearned(mllm, splits, forgetting(steps=5, **phase), tmp_path)
-        return weights(mllm)
+    def apart(**phase: float) -> float:
+        ends = []
+        for splits in (few, others):
+            mllm = knowing.copy()
+            unlearned(mllm, splits, forgetting(steps=5, **phase), tmp_path)
+            ends.append(torch.cat([parameter.detach().flatten() for parameter in mllm.model.parameters()]))
+        return float((ends[0] - ends[1]).abs().max())
 
-    assert after(few, forget=0.0) == after(others, forget=0.0)
-    assert after(few, forget=1.0) != after(others, forget=1.0)
+    assert apart(forget=0.0) < 1e-5  # not 0: kernels round by where in memory a batch happens to lie
+    assert apart(forget=1.0) > 1e-4
 
 
 def test_text_only_answers_do_not_change(taught: MLLM, splits: Splits, tmp_path: Path) -> None:
