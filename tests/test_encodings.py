@@ -129,7 +129,9 @@ def test_a_loaded_copy_of_a_processor_shares_what_is_kept(splits: Splits, tmp_pa
     own = load_adapter("qwen_vl").tiny_model(texts_of(splits), 48, 0)
     for _ in range(3):
         own.tokenize(splits.forget[:4])  # leaves a state of padding in the tokenizer
+    before = fingerprint(own.processor)
     save(own, tmp_path)
+    assert fingerprint(own.processor) == before
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert fingerprint(loaded) == fingerprint(own.processor)
     assert own.adapter.encodings(loaded, own.stop_ids) is own.adapter.encodings(own.processor, own.stop_ids)

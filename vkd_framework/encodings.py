@@ -123,7 +123,8 @@ def fingerprint(processor: ProcessorMixin) -> str | None:
     """Tells processors apart by what they do; None where that cannot be read off."""
     try:
         tokenizer: dict[str, Any] = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-        own = [processor.to_dict(), processor.image_processor.to_dict(), processor.tokenizer.special_tokens_map]
+        images = {key: value for key, value in processor.image_processor.to_dict().items() if key != "_processor_class"}
+        own = [processor.to_dict(), images, processor.tokenizer.special_tokens_map]  # the class: left by saving
         kinds = [type(part).__name__ for part in (processor, processor.tokenizer, processor.image_processor)]
         tokenizer |= {"padding": None, "truncation": None}  # the state that its last call left
         return json.dumps([kinds, own, processor.chat_template, tokenizer], sort_keys=True, default=str)
