@@ -108,7 +108,7 @@ def _memory(options: argparse.Namespace) -> Figures:
     if "mask" in options.parts:
         found["mask"] = {name: fresh("mask", name) for name in masks.PROCEDURES}
     if "lines" in options.parts:
-        found["people"] = [fresh("people", str(factor)) for factor in lines.FACTORS]
+        found["people"] = [fresh("people", str(factor)) for factor in lines.CASTS]
     return found
 
 

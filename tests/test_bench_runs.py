@@ -28,7 +28,7 @@ from vkd_framework.errors import RecipeError
 from vkd_framework.methods import Method
 from vkd_framework.plugins import load_adapter
 from vkd_framework.recipe import load_recipe
-from vkd_framework.run import Run
+from vkd_framework.run.measurements import Measurements
 from vkd_framework.types import Splits
 
 pytestmark = pytest.mark.slow
@@ -141,8 +141,8 @@ def test_what_does_not_depend_on_the_method_is_measured_once(bench: Bench) -> No
 def test_what_was_measured_is_read_only_for_the_same_model_data_and_measurement(tmp_path: Path) -> None:
     def place(*overrides: str, source: str = "taught") -> Path | None:
         recipe = load_recipe("qwen2vl_celeb", overrides)
-        run = Run(recipe, load_adapter("qwen_vl"), Splits((), (), {}, (), ()), tmp_path, "")
-        return run._shared(str(cache_folder() / source / "0123"))
+        found = Measurements(recipe, load_adapter("qwen_vl"), Splits((), (), {}, (), ()), tmp_path)
+        return found.shared_place(str(cache_folder() / source / "0123"))
 
     settings = ("method=vkd_paper", "seed=7", "unlearn.steps=1", "layers=[projector]", "losses.repel.weight=0")
     assert place() == place(*settings)

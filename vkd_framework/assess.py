@@ -22,7 +22,7 @@ from vkd_framework.machine import environment
 from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import is_tiny, load_recipe
-from vkd_framework.run import TAUGHT, Run
+from vkd_framework.run.measurements import TAUGHT, Measurements
 from vkd_framework.verdict import verdict
 
 UNLEARNED = "unlearned"
@@ -56,8 +56,8 @@ def attack(
 
 
 @dataclass(frozen=True)
-class Assessment(Run):
-    """A run's stages on a model that is there already. `kept`: whether the folder is one that the user wants."""
+class Assessment(Measurements):
+    """A run's measurements of a model that is there already. `kept`: whether the folder is one that the user wants."""
 
     model: str = ""
     alone: bool = False
@@ -69,7 +69,7 @@ class Assessment(Run):
         tried = [
             result
             for name, source in models.items()
-            for result in self._other_attacks(name, source, models.get("vanilla", self.model))
+            for result in self.tried(name, source, models.get("vanilla", self.model))
         ]
         concluded, marked = attacks.conclude(tried, self.splits.columns["test_vqa"])
         cells = {
@@ -79,7 +79,7 @@ class Assessment(Run):
         found = {"models": cells, "attacks": concluded, **({"over_forgotten": marked} if marked else {})}
         if self.alone:
             return found
-        found |= self._signs(columns)
+        found |= self.signs(columns)
         return found | {"verdict": asdict(verdict(found))}
 
     def attacked(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Assessment(Run):
             curve
             for name in (UNLEARNED, "retain_only")
             if name in models
-            for curve in self._attack(name, models[name], columns[name])
+            for curve in self.relearned(name, models[name], columns[name])
         ]
         vanilla = columns["vanilla"]["test_vqa"]["cell"]["exact_match"] if "vanilla" in columns else None
         return relearn.summarise(curves, vanilla, self.splits.columns["test_vqa"])
@@ -105,17 +105,17 @@ class Assessment(Run):
 
     def _measured(self) -> tuple[dict[str, str], dict[str, Any]]:
         """Model -> its source, and its columns. The checkpoint comes first: if it fails, no other is taught for it."""
-        own = self._evaluate(UNLEARNED, self.model)
+        own = self.answers(UNLEARNED, self.model)
         models = self._others()
-        columns = {name: self._evaluate(name, source) for name, source in models.items()}
+        columns = {name: self.answers(name, source) for name, source in models.items()}
         return {**models, UNLEARNED: self.model}, {**columns, UNLEARNED: own}
 
     def _others(self) -> dict[str, str]:
         if self.alone:
             return {}
-        models = {"vanilla": self._starting_model("vanilla", knows_forgotten=True)}
+        models = {"vanilla": self.starting("vanilla", knows_forgotten=True)}
         if self.recipe.reference == "retain_only":
-            models["retain_only"] = self._starting_model("retain_only", knows_forgotten=False)
+            models["retain_only"] = self.starting("retain_only", knows_forgotten=False)
         return models
 
 
@@ -135,7 +135,7 @@ def _assessment(
     splits = data.load(recipe.data)
     relearn.attackers(recipe.relearn, splits)
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="vkd-") as folder:
-        yield Assessment(recipe, adapter, splits, Path(folder), "", model=source, alone=alone, kept=out is not None)
+        yield Assessment(recipe, adapter, splits, Path(folder), model=source, alone=alone, kept=out is not None)
 
 
 def _checkpoint(model: str, adapter: Adapter) -> str:

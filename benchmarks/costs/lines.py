@@ -19,6 +19,8 @@ from vkd_framework.relearn import relearn
 from vkd_framework.types import Scope, Splits
 
 FACTORS = (1, 4, 16)
+CASTS = (*FACTORS, 64, 256)
+"""For people: until what is remembered of them is at its limits."""
 VARIANT = "vkd_attacker_full"
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {

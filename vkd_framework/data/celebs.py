@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any, TypeVar
 
 from vkd_framework.data import faces
@@ -474,7 +475,9 @@ class _Writer:
         key = f"{person.key}/{index}"
         if key not in self.photos:
             rng = random.Random(f"{self.config.seed}/{key}")
-            self.photos[key] = Photo(key, faces.draw(person.face, rng, self.config.image_size))
+            drawn = BytesIO()  # packed, so that many people take little memory
+            faces.draw(person.face, rng, self.config.image_size).save(drawn, "png", compress_level=1)
+            self.photos[key] = Photo(key, drawn.getvalue())
         return self.photos[key]
 
     def options(self, ask: Ask, split: str) -> tuple[str, ...]:

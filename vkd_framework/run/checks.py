@@ -1,0 +1,43 @@
+"""What is checked before anything is taught or written: the recipe, its layers, its teacher, its device."""
+
+from __future__ import annotations
+
+from vkd_framework import external
+from vkd_framework.errors import RecipeError
+from vkd_framework.layers_table import describe
+from vkd_framework.plugins import Adapter, Anatomy, load_adapter
+from vkd_framework.recipe import Recipe, load_recipe
+from vkd_framework.vanilla import device_of
+
+
+def checked(reference: str, overrides: tuple[str, ...] = ()) -> tuple[Recipe, Adapter]:
+    """The recipe and its adapter, when its layers are there and its device is; reads no weights and writes nothing."""
+    recipe = load_recipe(reference, overrides)
+    adapter = load_adapter(recipe.adapter)
+    check_model(recipe, adapter)
+    return recipe, adapter
+
+
+def check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
+    """The model without its weights. Raises RecipeError where the recipe asks for what it does not have."""
+    anatomy = describe(recipe.model.source, adapter)
+    terms = recipe.losses
+    for where, names in (
+        ("layers", recipe.layers),
+        ("losses.attract.layers", terms.attract.layers),
+        ("losses.repel.layers", terms.repel.layers),
+    ):
+        for name in names or ():
+            layer = anatomy.layer(name, where)
+            if not layer.reaches_language_model:
+                raise RecipeError(
+                    f"{where}: {name} does not reach the language model, distilling it changes no answer; "
+                    "see `vkd inspect-layers`"
+                )
+    teacher = recipe.teacher
+    if teacher.kind == "external":
+        external.check(teacher)
+    elif teacher.source not in (None, "retain_only"):
+        describe(teacher.source, adapter)
+    device_of(recipe)
+    return anatomy

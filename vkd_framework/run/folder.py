@@ -1,0 +1,42 @@
+"""The run directory: which one a run writes, and which recipe one was made with."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from vkd_framework.errors import RecipeError
+from vkd_framework.recipe import Recipe
+
+
+def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
+    """Where the run is written. With `resume`, an existing run of the same resolved recipe."""
+    if not resume:
+        folder = out or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+            raise RecipeError(f"{folder}: exists already; add --resume to go on with it, or choose another --out")
+        return folder
+    candidates = [out] if out else sorted(Path("runs").glob(f"{recipe.name}-*"), reverse=True)
+    for folder in candidates:
+        if recipe_of(folder) == recipe.digest():
+            return folder
+    if out and out.exists() and any(out.iterdir()):
+        raise RecipeError(
+            f"{out}: holds no run of this recipe with these settings; resume with the same --set, or leave --resume out"
+        )
+    if out:
+        return out
+    raise RecipeError(
+        f"runs/{recipe.name}-*: no run of this recipe with these settings to resume; leave --resume out, or give --out"
+    )
+
+
+def recipe_of(folder: Path) -> str | None:
+    """The digest of the recipe that a run folder was made with; None where there is none to be read."""
+    try:
+        return Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))).digest()
+    except (OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError):
+        return None
