@@ -111,3 +111,53 @@ def test_batches_are_of_the_forget_set(student: MLLM, splits: Splits) -> None:
     attacker.add_gradient(0, 1.0)
     assert isinstance(attacker.batches, Batches)
     assert {pair.subject for pair in attacker.batches.batch(0)} <= set(splits.forget_subjects)
+
+
+def test_an_attacker_of_low_rank_goes_where_adam_would_take_what_he_adds(student: MLLM, splits: Splits) -> None:
+    attacker = attacker_of(student, splits, scopes=["full"], rank=3, learning_rate=1e-3)
+    attacker.add_gradient(0, 1.0)
+    assert attacker._added is not None
+    down = attacker._added.down
+    assert {f"{name}.weight" for name in down} <= set(student.parts["language_model"])
+    copied = student.copy()
+    tuned = trainable(copied, VISUAL)
+    up = {
+        name: torch.zeros(len(m.weight), 3, requires_grad=True) for name, m in student.language_model_layers().items()
+    }
+    optimizer = torch.optim.Adam([*tuned.values(), *up.values()], lr=1e-3)
+    start = {name: copied.model.get_parameter(f"{name}.weight").detach().clone() for name in up}
+    for step in range(3):
+        optimizer.zero_grad()
+        moved = {f"{name}.weight": start[name] + up[name] @ down[name] for name in up}
+        batch = copied.tokenize(attacker.batches.batch(step))
+        logits = torch.func.functional_call(copied.model, moved, kwargs=batch.inputs).logits
+        torch.autograd.backward(answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content).mean())
+        optimizer.step()
+    for step in range(1, 3):
+        attacker.add_gradient(step, 1.0)
+    found = attacker.difference
+    assert all(bool(found[f"{name}.weight"].any()) for name in up)
+    for name, factor in up.items():
+        torch.testing.assert_close(found[f"{name}.weight"], factor.detach() @ down[name], rtol=1e-3, atol=2e-5)
+    for name, parameter in tuned.items():
+        torch.testing.assert_close(student.model.get_parameter(name) + found[name], parameter, rtol=1e-3, atol=2e-5)
+
+
+def test_an_attacker_of_low_rank_holds_little_and_moves_as_far_as_one_of_full_rank(
+    student: MLLM, splits: Splits
+) -> None:
+    attackers = {rank: attacker_of(student, splits, scopes=["full"], rank=rank) for rank in (None, 2)}
+    for step in range(3):
+        for attacker in attackers.values():
+            attacker.add_gradient(step, 1.0)
+    whole, low = attackers[None], attackers[2]
+    names = [f"{name}.weight" for name in student.language_model_layers()]
+
+    def spread(attacker: SimulatedAttacker) -> float:
+        return float(torch.cat([attacker.difference[name].flatten() for name in names]).std())
+
+    assert 0.3 < spread(low) / spread(whole) < 3
+    visual = sum(p.numel() for p in student.parameters(VISUAL).values())
+    language = sum(p.numel() for p in student.parameters(["language_model"]).values())
+    assert whole.bytes == 3 * 4 * (visual + language)
+    assert low.bytes - 3 * 4 * visual < 3 * 4 * language / 4

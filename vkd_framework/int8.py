@@ -57,12 +57,10 @@ class _Product(torch.autograd.Function):
 
 def hold_language_model_in_int8(mllm: MLLM) -> None:
     """Round the linear layers of the language model, in place; embeddings and the output layer stay as they are."""
-    names = set(mllm.parts["language_model"])
-    head = mllm.model.get_output_embeddings()
-    for path, module in list(mllm.model.named_modules()):
-        if type(module) is nn.Linear and f"{path}.weight" in names and module is not head:
+    for path, layer in mllm.language_model_layers().items():
+        if type(layer) is nn.Linear:
             parent, _, name = path.rpartition(".")
-            setattr(mllm.model.get_submodule(parent), name, Int8Linear(module))
+            setattr(mllm.model.get_submodule(parent), name, Int8Linear(layer))
 
 
 def _made(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

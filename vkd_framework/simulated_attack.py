@@ -9,6 +9,9 @@ the gradient at v + d is applied to v. Attacks inside the training loop are know
 (Tamirisa et al., arXiv 2408.00761); following one attacker instead of starting anew at each step, and with a frozen
 language model, is ours.
 
+His copy of a large language model, with two moments for each weight, would take more memory than all else. With `rank`
+he adds something of low rank to its linear layers instead (see `low_rank`), as most people who fine-tune do.
+
 One forward and one backward pass serve both: the attacker goes down the gradient that the student goes up. Where an
 answer is above the cap, the student's part takes a backward pass of its own, to his weights alone.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -26,6 +30,7 @@ from vkd_framework import ranks
 from vkd_framework.batches import Batches
 from vkd_framework.gradients import as_gradients_come
 from vkd_framework.losses import answer_cross_entropy
+from vkd_framework.low_rank import LowRank
 from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import SimulatedAttack
@@ -38,9 +43,10 @@ EPSILON = 1e-8
 class SimulatedAttacker:
     """Follows the student with weights of his own.
 
-    Of what the student trains he keeps the difference to the student's weights, of what is frozen his own weights; of
-    what he does not tune, nothing. An attack also ends where the training can be resumed (`restart_every` steps), so
-    that a resumed run goes on exactly like an uninterrupted one without saving the attacker.
+    Of what the student trains he keeps the difference to the student's weights; of what is frozen his own weights, or
+    with a `rank` what he adds to the language model's layers; of what he does not tune, nothing. An attack also ends
+    where the training can be resumed (`restart_every` steps), so that a resumed run goes on exactly like an
+    uninterrupted one without saving the attacker.
     """
 
     def __init__(
@@ -58,19 +64,27 @@ class SimulatedAttacker:
         self._begin = self._end = 0
         self._delta: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
+        self._added: LowRank | None = None
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def difference(self) -> dict[str, Tensor]:
         """Name -> his weights less the model's, of everything that he tunes."""
         frozen = self._mllm.model.get_parameter
-        return {**self._delta, **{name: (own - frozen(name)).detach() for name, own in self._own.items()}}
+        own = {name: (own - frozen(name)).detach() for name, own in self._own.items()}
+        return {**self._delta, **own, **(self._added.difference() if self._added else {})}
 
     @property
     def bytes(self) -> int:
         """Memory held by his weights and his optimiser from one step to the next."""
-        held = [*self._delta.values(), *self._own.values(), *(t for pair in self._moments.values() for t in pair)]
+        held = [*self._delta.values(), *self._leaves.values(), *(t for pair in self._moments.values() for t in pair)]
+        held += self._added.down.values() if self._added else []
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    @property
+    def _leaves(self) -> dict[str, Tensor]:
+        """What he tunes of the parts that are frozen."""
+        return {**self._own, **(self._added.up if self._added else {})}
 
     def add_gradient(self, step: int, weight: float) -> float:
         """Make the attack's next step; returns the mean CE before it, of several processes each one's contribution.
@@ -84,7 +98,8 @@ class SimulatedAttacker:
         share = ranks.weight([True] * len(pairs))
         batch = self._mllm.tokenize(ranks.share(pairs))
         student = {name: self._attacked(name, parameter) for name, parameter in self._student.items()}
-        logits = answer_logits(self._mllm.model, batch.inputs, batch.content, {**self._own, **student})
+        with self._added.added() if self._added else nullcontext():
+            logits = answer_logits(self._mllm.model, batch.inputs, batch.content, {**self._own, **student})
         cross_entropy = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
         reached = cross_entropy.requires_grad  # text alone meets nothing that he tunes, where only visual modules are
         counts = reached and step - self._begin >= self._config.head_start
@@ -96,14 +111,15 @@ class SimulatedAttacker:
         t = step - self._begin + 1
         waiting: dict[str, Tensor] = {}  # of several processes, until the others' gradients are added
         use = partial(self._move, t) if ranks.size() == 1 else waiting.__setitem__
-        with as_gradients_come(self._own, use):
+        leaves = self._leaves
+        with as_gradients_come(leaves, use):
             if reached:
-                torch.autograd.backward(share * cross_entropy.mean(), inputs=[*self._own.values(), *student.values()])
+                torch.autograd.backward(share * cross_entropy.mean(), inputs=[*leaves.values(), *student.values()])
         downward = {name: leaf.grad for name, leaf in student.items() if leaf.grad is not None}
         if counts:
             self._push(downward, weight)
         waiting |= {name: g for name, g in downward.items() if name in self._delta}
-        for name, g in ranks.add(waiting, {**self._delta, **self._own}).items():
+        for name, g in ranks.add(waiting, {**self._delta, **leaves}).items():
             self._move(t, name, g)
         return float(share * cross_entropy.detach().mean())
 
@@ -111,12 +127,19 @@ class SimulatedAttacker:
         """A new attack from the student's weights of this moment: its scope, its length and its batches are drawn."""
         draw = random.Random(f"{self._seed}/{step}")
         self._begin, self._end = step, step + draw.randint(*self._config.horizon)
-        tuned = self._mllm.parameters(SCOPES[draw.choice(self._config.scopes)])
+        parts = SCOPES[draw.choice(self._config.scopes)]
+        tuned = self._mllm.parameters(parts)
         self.batches = Batches(self._pairs, self._config.batch_size, draw.randrange(2**31))
-        self._delta, self._own, self._moments = {}, {}, {}  # the old ones go before the new ones come
+        self._delta, self._own, self._added, self._moments = {}, {}, None, {}  # the old go before the new come
+        if self._config.rank is not None and "language_model" in parts:
+            frozen = self._mllm.parameters(["language_model"]).keys() - self._student.keys()
+            tuned = {name: parameter for name, parameter in tuned.items() if name not in frozen}
+            layers = {n: m for n, m in self._mllm.language_model_layers().items() if f"{n}.weight" in frozen}
+            self._added = LowRank(layers, self._config.rank, self._mllm.model.dtype, draw.randrange(2**31))
         self._delta = {name: torch.zeros_like(p) for name, p in tuned.items() if name in self._student}
         self._own = {name: p.detach().clone().requires_grad_() for name, p in tuned.items() if name not in self._delta}
-        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in tuned.items()}
+        held = {**self._delta, **self._leaves}
+        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in held.items()}
 
     def _attacked(self, name: str, parameter: nn.Parameter) -> Tensor:
         """A trained parameter as the attacker has it, as a leaf of its own."""
@@ -139,7 +162,7 @@ class SimulatedAttacker:
         mean.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
         square.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
         step_size = self._config.learning_rate / (1 - BETAS[0] ** t)
-        moved = self._delta[name] if name in self._delta else self._own[name]
+        moved = self._delta[name] if name in self._delta else self._leaves[name]
         moved.addcdiv_(mean, (square / (1 - BETAS[1] ** t)).sqrt_().add_(EPSILON), value=-step_size)
 
 

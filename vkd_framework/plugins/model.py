@@ -85,6 +85,17 @@ class MLLM(Anatomy):
         device: torch.device = self.model.device
         return device
 
+    def language_model_layers(self) -> dict[str, nn.Linear]:
+        """Path -> linear layer of the language model, the output layer left out."""
+        from torch import nn
+
+        names, head = set(self.parts["language_model"]), self.model.get_output_embeddings()
+        return {
+            path: module
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and f"{path}.weight" in names and module is not head
+        }
+
     def tokenize(
         self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right"
     ) -> EncodedBatch:

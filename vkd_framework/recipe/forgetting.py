@@ -203,6 +203,9 @@ class SimulatedAttack(Section):
     scopes: tuple[Scope, ...] = Field(
         default=("visual", "full"), min_length=1, description="what he tunes; one is drawn for each attack"
     )
+    rank: int | None = Field(
+        default=None, ge=1, description="of what he adds to a frozen language model's layers; null: tunes every weight"
+    )
     horizon: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
         default=(3, 20), description="shortest and longest attack, in steps"
     )

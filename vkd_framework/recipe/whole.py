@@ -110,7 +110,9 @@ class Recipe(Section):
         simulated = self.simulated_attack
         tuned = {
             "language_model out of train": "language_model" in self.train,
-            "full out of simulated_attack.scopes": simulated.weight > 0 and "full" in simulated.scopes,
+            "full out of simulated_attack.scopes (or give it a rank)": simulated.weight > 0
+            and "full" in simulated.scopes
+            and simulated.rank is None,
             "full out of relearn.scopes": "full" in self.relearn.scopes,
             "quantize out of attacks": any(attack.kind == "quantize" for attack in self.attacks),
         }

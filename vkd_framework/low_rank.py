@@ -1,0 +1,49 @@
+"""Something of low rank added to frozen linear layers: `y = W x + B A x`, with few numbers to tune.
+
+As in LoRA (Hu et al., arXiv 2106.09685), with A drawn once and B alone tuned (LoRA-FA, Zhang et al., arXiv 2308.03303):
+B begins at 0, so A has hardly a gradient at first. The scale is ours: A's entries have variance 1 / R instead of 1 / I,
+so that an Adam step on B moves an entry of B A by as much as a step on W would move one of W.
+
+Shapes: `O` output and `I` input channels, `R` the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRank:
+    """What is added to each layer: name -> `up`, B `[O, R]`, to be tuned, and `down`, A `[R, I]`."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], rank: int, dtype: torch.dtype, seed: int) -> None:
+        self._layers = layers
+        draw = torch.Generator().manual_seed(seed)
+        self.up: dict[str, Tensor] = {}
+        self.down: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            like: dict[str, Any] = {"dtype": dtype, "device": layer.weight.device}
+            self.down[name] = (torch.randn(rank, layer.in_features, generator=draw) / rank**0.5).to(**like)
+            self.up[name] = torch.zeros(layer.out_features, rank, requires_grad=True, **like)
+
+    @contextmanager
+    def added(self) -> Iterator[None]:
+        """Within the block, the layers give `W x + B A x`."""
+
+        def adds(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+            return lambda _layer, given, made: made + given[0] @ self.down[name].T @ self.up[name].T
+
+        handles = [layer.register_forward_hook(adds(name)) for name, layer in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def difference(self) -> dict[str, Tensor]:
+        """Name of each layer's weight -> `B A` `[O, I]`."""
+        return {f"{name}.weight": up.detach() @ self.down[name] for name, up in self.up.items()}
