@@ -94,6 +94,7 @@ def test_a_step_by_hand() -> None:
         inner={"encoder": 2, "projector": 2, "language_model": 4},
         vocabulary=100,
         hidden=4,
+        channels=(9, 12),
     )
     tokens = Tokens(patches=8, tile=4, image=2, text=6, answer=1, pixels=64)
     encoder = 2 * 8 * 10, 4 * 8 * 4 * 2 * 1, 2 * 8 * 5  # matrices, attention within a tile, pixels
@@ -124,6 +125,8 @@ def test_a_step_runs_what_the_recipe_asks_for() -> None:
     assert run["forget"] == work.Pass("forget", 4, True, VISUAL)
     assert run["retain, as before"].trained == ()
     assert run["attacker, full"] == work.Pass("attacker, full", 2, True, PARTS, 2 / 3)
+    low = work.passes(make_recipe(simulated_attack={**attack, "rank": 8}))
+    assert work.Pass("attacker, full", 2, True, VISUAL, 2 / 3) in low
     off = {"forget_output": {"weight": 0}, "retain_output": {"weight": 0}, "repel": {"target": "mean"}}
     features_only = make_recipe(losses=off)
     assert [each.output for each in work.passes(features_only)] == [False, False]
@@ -150,6 +153,10 @@ def test_memory_by_hand(tiny: MLLM) -> None:
     assert found["mask"] == n
     assert found["attacker's weights"] == 4 * total
     assert found["attacker's optimiser"] == 8 * total
+    low = lines(make_recipe(simulated_attack=attack | {"rank": 8}), tiny, tokens, "unlearn")
+    shapes = [layer.weight.shape for layer in tiny.language_model_layers().values()]
+    assert low["attacker's weights"] == 4 * (n + 8 * sum(map(sum, shapes)))
+    assert low["attacker's optimiser"] == 8 * (n + 8 * sum(rows for rows, _ in shapes))
     width = next(layer.width for layer in tiny.layers if layer.name == "vision.1")
     assert width is not None
     hidden = tiny.model.config.get_text_config().hidden_size

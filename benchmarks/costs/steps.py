@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vkd_paper": ("vkd_paper", ()),
     "vkd_attacker_full": ("vkd", ("simulated_attack.scopes=[full]",)),
     "vkd_attacker_visual": ("vkd", ("simulated_attack.scopes=[visual]",)),
+    "vkd_attacker_low_rank": ("vkd", ("simulated_attack.scopes=[full]", "simulated_attack.rank=8")),
     "vkd_without_attacker": ("vkd", (ALONE,)),
     "vkd_output_terms_only": ("vkd", (ALONE, OUTPUT_ONLY)),
     "vkd_feature_terms_only": (
@@ -52,6 +53,7 @@ FLOORS: dict[str, Scope | None] = {
 FLOOR_OF = {
     "vkd_attacker_full": "floor_attacker_full",
     "vkd_attacker_visual": "floor_attacker_visual",
+    "vkd_attacker_low_rank": "floor_attacker_visual",
     "vkd_without_attacker": "floor_without_attacker",
 }
 """Variant -> the floor that has the same passes; the others are compared with `floor`."""

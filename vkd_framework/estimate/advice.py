@@ -106,10 +106,18 @@ def _attacker_batch(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return _halved("simulated_attack.batch_size", attack.batch_size) if at_work else ()
 
 
-def _attacker(recipe: Recipe, stage: str) -> tuple[str, ...]:
+def _attacks_everything(recipe: Recipe, stage: str) -> bool:
     attack = recipe.simulated_attack
-    wide = stage == "unlearn" and attack.weight and "full" in attack.scopes
-    return ("simulated_attack.scopes=[visual]",) if wide else ()
+    return stage == "unlearn" and attack.weight > 0 and "full" in attack.scopes
+
+
+def _attacker_rank(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    whole = _attacks_everything(recipe, stage) and recipe.simulated_attack.rank is None
+    return ("simulated_attack.rank=8",) if whole and "language_model" not in recipe.train else ()
+
+
+def _attacker(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    return ("simulated_attack.scopes=[visual]",) if _attacks_everything(recipe, stage) else ()
 
 
 def _relearn_scopes(recipe: Recipe, stage: str) -> tuple[str, ...]:
@@ -129,6 +137,7 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_half_precision, "half the digits; usual at this size"),
     (_parts_of_batches, "the same result, in more and smaller passes"),
     (_recomputing, "the same result, up to half again as long"),
+    (_attacker_rank, "withstands attackers of the language model who tune little of it"),
     (_attacker, "withstands attackers of the visual modules, less those who tune everything"),
     (_attacker_batch, "withstands a somewhat weaker attacker"),
     (_batches, "noisier steps; more of them may be needed"),

@@ -123,14 +123,24 @@ def _unlearning(
         lines.append(Line("teacher's features", kept, f"{tokens.photos:,} photos x {features:,.0f} x {each}"))
     run = passes(recipe)
     attacks = [one for one in run if one.what.startswith("attacker")]
-    scopes = recipe.simulated_attack.scopes if attacks else ()
-    moved = max((sum(count[part] for part in SCOPES[scope]) for scope in scopes), default=0)
     if attacks:
-        lines.append(Line("attacker's weights", moved * each, f"{moved:,} x {each}"))
+        held, moved = max(_of_attacker(recipe, SCOPES[scope], count, size) for scope in recipe.simulated_attack.scopes)
+        lines.append(Line("attacker's weights", held * each, f"{held:,} x {each}"))
         lines.append(Line("attacker's optimiser", 2 * moved * each, f"2 x {moved:,} x {each}"))
     extra = Line("attacked weights", 2 * n * each, f"{n:,} x {each} and their gradients, while he is at it")
     tops = [[*_pass_lines(one, size, tokens, each), *([extra] if one in attacks else [])] for one in run if one.trained]
     return [*lines, *max(tops, key=lambda top: sum(line.bytes for line in top), default=[])]
+
+
+def _of_attacker(recipe: Recipe, parts: Sequence[Part], count: dict[Part, int], size: Sizes) -> tuple[int, int]:
+    """Numbers that an attacker on these parts holds, and how many of them he tunes."""
+    rank = recipe.simulated_attack.rank
+    if rank is None or "language_model" not in parts or "language_model" in recipe.train:
+        moved = sum(count[part] for part in parts)
+        return moved, moved
+    visual = sum(count[part] for part in parts if part != "language_model")
+    inputs, outputs = size.channels
+    return visual + rank * (inputs + outputs), visual + rank * outputs
 
 
 def _pass_lines(one: Pass, size: Sizes, tokens: Tokens, each: int) -> list[Line]:

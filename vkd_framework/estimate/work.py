@@ -68,6 +68,8 @@ class Sizes:
     inner: dict[Part, int]
     vocabulary: int
     hidden: int
+    channels: tuple[int, int]
+    """Input and output channels of the language model's linear layers, each added up."""
     reaching: float = 1.0
     """Share of the encoder's blocks that reach the language model; the others have no way back."""
 
@@ -81,12 +83,15 @@ def sizes(anatomy: Anatomy) -> Sizes:
     patch = patch_embedding(anatomy)
     matrices: dict[Part, int] = dict.fromkeys(PARTS, 0)
     inner: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    channels = (0, 0)
     owner = {name: part for part, names in anatomy.parts.items() for name in names}
     for name, module in anatomy.model.named_modules():
         part = owner.get(f"{name}.weight")
         if isinstance(module, nn.Linear) and part and module is not head and module.weight is not patch:
             matrices[part] += module.weight.numel()
             inner[part] = max(inner[part], module.out_features, module.in_features)
+            if part == "language_model":
+                channels = (channels[0] + module.in_features, channels[1] + module.out_features)
     heads = config.num_attention_heads
     vision = [layer for layer in anatomy.layers if layer.name.startswith("vision.")]
     return Sizes(
@@ -101,6 +106,7 @@ def sizes(anatomy: Anatomy) -> Sizes:
         inner=inner,
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
+        channels=channels,
         reaching=sum(layer.reaches_language_model for layer in vision) / max(len(vision), 1),
     )
 
@@ -122,7 +128,8 @@ def passes(recipe: Recipe) -> list[Pass]:
         found.append(Pass("retain, as before", config.retain_batch, True, (), most=most))
     if attack.weight:
         for scope, drawn in Counter(attack.scopes).items():
-            trained = tuple(part for part in PARTS if part in (*SCOPES[scope], *recipe.train))
+            own = tuple(part for part in SCOPES[scope] if part != "language_model" or attack.rank is None)
+            trained = tuple(part for part in PARTS if part in (*own, *recipe.train))
             found.append(Pass(f"attacker, {scope}", attack.batch_size, True, trained, drawn / len(attack.scopes)))
     return found
 
