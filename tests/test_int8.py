@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vkd_framework.int8 import Int8Linear, hold_language_model_in_int8
-from vkd_framework.plugins import MLLM, load_adapter
+from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.run import run
+from vkd_framework.simulated_attack import SimulatedAttacker
 from vkd_framework.types import Splits
 from vkd_framework.unlearn import unlearn
 
@@ -86,6 +87,30 @@ def test_the_visual_part_learns_through_a_rounded_language_model(student: MLLM, 
     unlearn(student, recipe, splits, None, resume=tmp_path / "state.pt", record=lambda _: None)
     moved = {name for name, p in student.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {*student.parts["encoder"], *student.parts["projector"]}
+
+
+def test_an_attacker_of_low_rank_adds_to_a_rounded_language_model(student: MLLM, splits: Splits) -> None:
+    recipe = make_recipe(
+        model={"quantize": "int8"},
+        relearn=LEFT_ALONE,
+        attacks=[],
+        simulated_attack={"weight": 1, "scopes": ["full"], "rank": 2, "head_start": 0},
+    )
+    hold_language_model_in_int8(student)
+    attacker = SimulatedAttacker(
+        student,
+        trainable(student, recipe.train),
+        recipe.simulated_attack,
+        splits.forget,
+        seed=0,
+        restart_every=100,
+    )
+    first = attacker.add_gradient(0, 1.0)
+    for step in range(1, 8):
+        attacker.add_gradient(step, 0.0)
+    moved = [name for name, difference in attacker.difference.items() if bool(difference.any())]
+    assert set(moved) & set(student.parts["language_model"])
+    assert attacker.add_gradient(8, 0.0) < first
 
 
 @pytest.mark.parametrize(
