@@ -171,9 +171,8 @@ def _methods(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits
             **held["step"][name],
         }
     scopes = recipe_of(options.family, size, "vkd").simulated_attack.scopes
-    for whole, prefix in (("vkd", "vkd_attacker_"), ("floor", "floor_attacker_")):
-        if all(f"{prefix}{scope}" in found for scope in scopes):
-            found[whole] = _mixed([found[f"{prefix}{scope}"] for scope in scopes])
+    if all(f"vkd_attacker_{scope}" in found for scope in scopes):
+        found["vkd"] = _mixed([found[f"vkd_attacker_{scope}"] for scope in scopes])
     epoch = -(-len(splits.retain) // size.retain_batch)
     for name, figures in found.items():
         floor = "floor" if "floor" in found else next((n for n in FLOORS if n in found), None)

@@ -119,7 +119,7 @@ def test_a_step_by_hand() -> None:
 
 
 def test_a_step_runs_what_the_recipe_asks_for() -> None:
-    attack = {"weight": 0.5, "scopes": ["visual", "full", "full"], "batch_size": 2}
+    attack = {"weight": 0.5, "scopes": ["visual", "full", "full"], "batch_size": 2, "rank": None}
     recipe = make_recipe(simulated_attack=attack, losses={"retain_kl": {"weight": 1}})
     run = {each.what: each for each in work.passes(recipe)}
     assert run["forget"] == work.Pass("forget", 4, True, VISUAL)
@@ -141,7 +141,7 @@ def lines(recipe: Recipe, mllm: MLLM, tokens: Tokens, stage: str) -> dict[str, f
 def test_memory_by_hand(tiny: MLLM) -> None:
     tokens = Tokens(patches=36, tile=36, image=9, text=40, answer=2, pixels=100, photos=7)
     mask = {"kind": "ratio", "density": 0.5, "scope": "all"}
-    attack = {"weight": 0.5, "scopes": ["visual", "full"]}
+    attack = {"weight": 0.5, "scopes": ["visual", "full"], "rank": None}
     recipe = make_recipe(mask=mask, simulated_attack=attack, losses={"retain_kl": {"weight": 1}})
     n, total = tiny.count(recipe.train), tiny.count(PARTS)
 

@@ -117,7 +117,10 @@ def test_an_attacker_of_low_rank_adds_to_a_rounded_language_model(student: MLLM,
     ("changes", "words"),
     [
         ({"train": ["encoder", "language_model"]}, "language_model out of train"),
-        ({"simulated_attack": {"weight": 1.0, "scopes": ["full"]}}, r"full out of simulated_attack\.scopes"),
+        (
+            {"simulated_attack": {"weight": 1.0, "scopes": ["full"], "rank": None}},
+            r"full out of simulated_attack\.scopes",
+        ),
         ({"relearn": {"scopes": ["visual", "full"]}}, r"full out of relearn\.scopes"),
         ({"attacks": [{"kind": "quantize"}]}, "quantize out of attacks"),
     ],

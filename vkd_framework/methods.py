@@ -73,6 +73,7 @@ METHODS: dict[str, Method] = {
                 "weight": 1.0,
                 "cap": 12.0,
                 "scopes": ["visual", "full", "full"],
+                "rank": 8,
                 "horizon": [10, 30],
                 "head_start": 3,
                 "learning_rate": 3e-4,

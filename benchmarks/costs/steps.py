@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vkd_paper": ("vkd_paper", ()),
     "vkd_attacker_full": ("vkd", ("simulated_attack.scopes=[full]",)),
     "vkd_attacker_visual": ("vkd", ("simulated_attack.scopes=[visual]",)),
-    "vkd_attacker_low_rank": ("vkd", ("simulated_attack.scopes=[full]", "simulated_attack.rank=8")),
+    "vkd_attacker_every_weight": ("vkd", ("simulated_attack.scopes=[full]", "simulated_attack.rank=null")),
     "vkd_without_attacker": ("vkd", (ALONE,)),
     "vkd_output_terms_only": ("vkd", (ALONE, OUTPUT_ONLY)),
     "vkd_feature_terms_only": (
@@ -44,16 +44,20 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
 """What is timed -> the method and what is changed of it. `npo` has no retain term, in its paper too."""
 
 FLOORS: dict[str, Scope | None] = {
-    "floor_attacker_full": "full",
-    "floor_attacker_visual": "visual",
+    "floor": "visual",
+    "floor_attacker_every_weight": "full",
     "floor_without_attacker": None,
 }
-"""The bare passes of VKD's default losses, with an attacker of a scope and without."""
+"""The bare passes of VKD's default losses, by the weights that an attacker tunes.
+
+What the default's attacker adds to a language model at a low rank is left out of `floor`: it is next to nothing.
+"""
 
 FLOOR_OF = {
-    "vkd_attacker_full": "floor_attacker_full",
-    "vkd_attacker_visual": "floor_attacker_visual",
-    "vkd_attacker_low_rank": "floor_attacker_visual",
+    "vkd": "floor",
+    "vkd_attacker_full": "floor",
+    "vkd_attacker_visual": "floor",
+    "vkd_attacker_every_weight": "floor_attacker_every_weight",
     "vkd_without_attacker": "floor_without_attacker",
 }
 """Variant -> the floor that has the same passes; the others are compared with `floor`."""
