@@ -181,8 +181,30 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_and_others_are_told_apa
         (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (group,) = gather(find([tmp_path]))
     assert [(row.label, row.seeds) for row in group.rows] == [
-        ("vkd (unlearn.steps=300)", (0, 1)),
+        ("vkd", (0, 1)),
         ("vkd (unlearn.steps=600)", (0,)),
+    ]
+
+
+def test_a_setting_without_a_majority_is_told_of_every_row(tmp_path: Path) -> None:
+    for name, steps in (("a", 300), ("b", 600)):
+        write_json(tmp_path / name / "metrics.json", made("vkd", 0))
+        recipe = {"name": name, "method": "vkd", "unlearn": {"steps": steps}}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (group,) = gather(find([tmp_path]))
+    assert [row.variant for row in group.rows] == ["unlearn.steps=300", "unlearn.steps=600"]
+
+
+def test_a_run_of_an_older_version_is_told_apart_by_a_key_that_it_did_not_have(tmp_path: Path) -> None:
+    attacks = {"old": {"weight": 1.0}, "same": {"weight": 1.0, "rank": None}, "new": {"weight": 1.0, "rank": 8}}
+    for seed, (name, attack) in enumerate(attacks.items()):
+        write_json(tmp_path / name / "metrics.json", made("vkd", seed))
+        recipe = {"name": name, "method": "vkd", "seed": seed, "simulated_attack": attack}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (group,) = gather(find([tmp_path / name for name in attacks]))
+    assert [(row.variant, row.seeds) for row in group.rows] == [
+        ("", (0, 1)),
+        ("simulated_attack.rank=8", (2,)),
     ]
 
 

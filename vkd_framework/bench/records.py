@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from vkd_framework.checkpoint import read_json
 from vkd_framework.errors import RecipeError, on_one_line
+from vkd_framework.recipe import Recipe, Section
 from vkd_framework.report.findings import proof_rows
 from vkd_framework.report.formatting import flatten
 
@@ -139,15 +143,28 @@ def _rows(method: str, records: Sequence[Record]) -> list[Row]:
                 "same settings; give one of them"
             )
         same[record.seed] = record
-    return [Row(method, variant, tuple(same[seed] for seed in sorted(same))) for variant, same in rows.items()]
+    usual_first = sorted(rows.items(), key=lambda row: row[0] != "")
+    return [Row(method, variant, tuple(same[seed] for seed in sorted(same))) for variant, same in usual_first]
 
 
 def _variants(records: Sequence[Record]) -> list[str]:
-    """For each run, the settings in which the runs differ, as `key=value`; a key that a run does not have is no one."""
+    """For each run what sets it apart, as `key=value`: settings that not all runs share, and not most of them either.
+
+    A key that a run does not have sets none apart.
+    """
     known = [record.settings for record in records if record.settings]
     keys = [key for key in (known[0] if known else ()) if all(key in settings for settings in known)]
-    telling = [key for key in keys if len({settings[key] for settings in known}) > 1]
-    return [", ".join(f"{key}={record.settings[key]}" for key in telling if record.settings) for record in records]
+    usual = {}
+    for key in keys:
+        value, count = Counter(settings[key] for settings in known).most_common(1)[0]
+        if 2 * count > len(known):
+            usual[key] = value
+    return [
+        ", ".join(f"{key}={record.settings[key]}" for key in keys if record.settings[key] != usual.get(key))
+        if record.settings
+        else ""
+        for record in records
+    ]
 
 
 def _settings(folder: Path) -> dict[str, str]:
@@ -155,4 +172,19 @@ def _settings(folder: Path) -> dict[str, str]:
         raw = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
-    return dict(flatten({key: value for key, value in raw.items() if key not in IDENTITY})) if raw else {}
+    filled = _filled(raw) if raw else {}
+    return dict(flatten({key: value for key, value in filled.items() if key not in IDENTITY}))
+
+
+def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recipe with the keys that its version did not have yet, at the values that change nothing.
+
+    Section by section: a whole recipe would take what its method has today.
+    """
+    found = dict(raw)
+    for name, field_ in Recipe.model_fields.items():
+        kind = field_.annotation
+        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(raw.get(name), Mapping):
+            with suppress(ValidationError):  # of another version
+                found[name] = kind.model_validate(raw[name]).model_dump(mode="json")
+    return found
