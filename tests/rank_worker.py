@@ -70,6 +70,11 @@ RECIPES: dict[str, Recipe] = {
         simulated_attack={"weight": 1.0, "cap": 6.6, "scopes": ["visual"], "head_start": 0, "batch_size": 7},
         unlearn={**FAST, "steps": 2, "forget_batch": 5, "retain_batch": 5, "micro_batch": 2},
     ),
+    # what he adds to the language model gets gradients from text alone, too
+    "low_rank": make_recipe(
+        simulated_attack={"weight": 1.0, "scopes": ["full"], "rank": 2, "head_start": 0, "batch_size": 5},
+        unlearn={**FAST, "steps": 3, "forget_batch": 3, "retain_batch": 3},
+    ),
     "one_pair": make_recipe(unlearn={**FAST, "steps": 2, "forget_batch": 1, "retain_batch": 1}),
 }
 
