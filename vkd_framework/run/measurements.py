@@ -111,9 +111,8 @@ class Measurements:
 
     def tried(self, name: str, source: str, vanilla: str) -> list[dict[str, Any]]:
         """The recipe's `attacks` on one model."""
-        shared = (
-            self.shared_place(source) if name != "unlearned" else None
-        )  # it is attacked with the vanilla model's help
+        # the unlearned model is attacked with the vanilla model's help
+        shared = None if name == "unlearned" else self.shared_place(source)
         recipe, run_stage = self.recipe, self._stage_with(source, shared)
 
         def stage(key: str, work: Callable[[Target], dict[str, Any]]) -> dict[str, Any]:
