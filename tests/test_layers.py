@@ -25,6 +25,7 @@ FLOORS = (
         "batches",
         "features",
         "int8",
+        "low_rank",
         "alignment",
         "external",
         "substitutes",
