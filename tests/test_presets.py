@@ -45,7 +45,7 @@ def test_every_size_that_the_project_promises_has_a_preset() -> None:
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
-def test_no_simulated_attacker_tunes_more_than_the_attackers_that_a_recipe_can_afford(name: str) -> None:
+def test_no_simulated_attacker_copies_a_language_model_that_the_attackers_of_a_recipe_leave_alone(name: str) -> None:
     recipe = load_recipe(name)
     attack = recipe.simulated_attack
     assert attack.rank is not None or set(attack.scopes) <= set(recipe.relearn.scopes)

@@ -24,7 +24,7 @@ from vkd_framework.errors import RecipeError
 from vkd_framework.recipe import EVERY_ATTACK, load_recipe
 from vkd_framework.report.formatting import NBSP
 from vkd_framework.report.markdown import escape
-from vkd_framework.run import run
+from vkd_framework.run import recipe_of, run
 from vkd_framework.verdict import verdict
 
 RECIPE = {
@@ -312,6 +312,18 @@ def test_a_deleted_cache_is_filled_again_on_resume(finished: Finished, tmp_path:
         shutil.rmtree(finished.cache, ignore_errors=True)
         shutil.move(moved, finished.cache)
     assert metrics["models"] == finished.metrics["models"]
+
+
+def test_the_recipe_of_an_older_version_is_not_taken_for_todays(tmp_path: Path) -> None:
+    recipe = load_recipe("qwen2vl_celeb")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert recipe_of(tmp_path) == recipe.digest()
+    older = yaml.safe_load(recipe.to_yaml())
+    assert older["simulated_attack"].pop("rank") == 8  # which the method would fill in
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older), encoding="utf-8")
+    assert recipe_of(tmp_path) is None
+    with pytest.raises(RecipeError, match="holds no run of this recipe"):
+        run("qwen2vl_celeb", out=tmp_path, resume=True)
 
 
 def test_a_run_is_not_resumed_with_other_settings(finished: Finished, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import changed, weights
+from transformers.pytorch_utils import Conv1D
 
 from vkd_framework.batches import Batches
+from vkd_framework.errors import RecipeError
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.recipe import SimulatedAttack
@@ -161,3 +163,13 @@ def test_an_attacker_of_low_rank_holds_little_and_moves_as_far_as_one_of_full_ra
     language = sum(p.numel() for p in student.parameters(["language_model"]).values())
     assert whole.bytes == 3 * 4 * (visual + language)
     assert low.bytes - 3 * 4 * visual < 3 * 4 * language / 4
+
+
+def test_a_language_model_to_which_nothing_can_be_added_is_told(student: MLLM, splits: Splits) -> None:
+    for path, layer in student.language_model_layers().items():
+        parent, _, name = path.rpartition(".")
+        other = Conv1D(layer.out_features, layer.in_features)  # what GPT-2 has in place of linear layers
+        setattr(student.model.get_submodule(parent), name, other.requires_grad_(False))
+    attacker = attacker_of(student, splits, scopes=["full"], rank=2)
+    with pytest.raises(RecipeError, match=r"simulated_attack\.rank: .* no linear layer .* null"):
+        attacker.add_gradient(0, 1.0)

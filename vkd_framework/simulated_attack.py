@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vkd_framework import ranks
 from vkd_framework.batches import Batches
+from vkd_framework.errors import RecipeError
 from vkd_framework.gradients import as_gradients_come
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.low_rank import LowRank
@@ -65,6 +66,8 @@ class SimulatedAttacker:
         self._delta: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._added: LowRank | None = None
+        self._leaves: dict[str, Tensor] = {}
+        """What he tunes of the parts that are frozen."""
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -80,11 +83,6 @@ class SimulatedAttacker:
         held = [*self._delta.values(), *self._leaves.values(), *(t for pair in self._moments.values() for t in pair)]
         held += self._added.down.values() if self._added else []
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-    @property
-    def _leaves(self) -> dict[str, Tensor]:
-        """What he tunes of the parts that are frozen."""
-        return {**self._own, **(self._added.up if self._added else {})}
 
     def add_gradient(self, step: int, weight: float) -> float:
         """Make the attack's next step; returns the mean CE before it, of several processes each one's contribution.
@@ -111,15 +109,15 @@ class SimulatedAttacker:
         t = step - self._begin + 1
         waiting: dict[str, Tensor] = {}  # of several processes, until the others' gradients are added
         use = partial(self._move, t) if ranks.size() == 1 else waiting.__setitem__
-        leaves = self._leaves
-        with as_gradients_come(leaves, use):
+        with as_gradients_come(self._leaves, use):
             if reached:
-                torch.autograd.backward(share * cross_entropy.mean(), inputs=[*leaves.values(), *student.values()])
+                inputs = [*self._leaves.values(), *student.values()]
+                torch.autograd.backward(share * cross_entropy.mean(), inputs=inputs)
         downward = {name: leaf.grad for name, leaf in student.items() if leaf.grad is not None}
         if counts:
             self._push(downward, weight)
         waiting |= {name: g for name, g in downward.items() if name in self._delta}
-        for name, g in ranks.add(waiting, {**self._delta, **leaves}).items():
+        for name, g in ranks.add(waiting, {**self._delta, **self._leaves}).items():
             self._move(t, name, g)
         return float(share * cross_entropy.detach().mean())
 
@@ -130,14 +128,21 @@ class SimulatedAttacker:
         parts = SCOPES[draw.choice(self._config.scopes)]
         tuned = self._mllm.parameters(parts)
         self.batches = Batches(self._pairs, self._config.batch_size, draw.randrange(2**31))
-        self._delta, self._own, self._added, self._moments = {}, {}, None, {}  # the old go before the new come
+        self._own, self._added = {}, None  # the old ones go before the new ones come
+        self._delta, self._leaves, self._moments = {}, {}, {}
         if self._config.rank is not None and "language_model" in parts:
-            frozen = self._mllm.parameters(["language_model"]).keys() - self._student.keys()
-            tuned = {name: parameter for name, parameter in tuned.items() if name not in frozen}
-            layers = {n: m for n, m in self._mllm.language_model_layers().items() if f"{n}.weight" in frozen}
+            language = self._mllm.parameters(["language_model"]).keys() - self._student.keys()
+            tuned = {name: parameter for name, parameter in tuned.items() if name not in language}
+            layers = {n: m for n, m in self._mllm.language_model_layers().items() if f"{n}.weight" in language}
+            if language and not layers:
+                raise RecipeError(
+                    "simulated_attack.rank: the language model has no linear layer that something could be added to; "
+                    "set it to null"
+                )
             self._added = LowRank(layers, self._config.rank, self._mllm.model.dtype, draw.randrange(2**31))
         self._delta = {name: torch.zeros_like(p) for name, p in tuned.items() if name in self._student}
         self._own = {name: p.detach().clone().requires_grad_() for name, p in tuned.items() if name not in self._delta}
+        self._leaves = {**self._own, **(self._added.up if self._added else {})}
         held = {**self._delta, **self._leaves}
         self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in held.items()}
 

@@ -35,8 +35,14 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 
 
 def recipe_of(folder: Path) -> str | None:
-    """The digest of the recipe that a run folder was made with; None where there is none to be read."""
+    """The digest of the recipe that a run folder was made with; None where none can be read that says everything.
+
+    One of an older version leaves out keys that it did not have. Filled in by today's methods, it would pass for a
+    recipe that was never run.
+    """
     try:
-        return Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))).digest()
+        said = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = Recipe.model_validate(said)
     except (OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError):
         return None
+    return recipe.digest() if yaml.safe_load(recipe.to_yaml()) == said else None
