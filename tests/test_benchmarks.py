@@ -459,6 +459,7 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_run_measures_every_column_and_the_reports_show_them(
     folders: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:

@@ -233,6 +233,7 @@ def test_the_command_prints_json_for_programs(module: str) -> None:
     assert "no_such_type" in rows[-1]["found"] and not rows[-1]["ok"]
 
 
+@pytest.mark.slow
 def test_the_command_passes_a_built_in_adapter() -> None:
     code = "from vkd_framework.cli import entry_point; entry_point()"
     command = [sys.executable, "-c", code, "check-adapter", "qwen_vl", "--model", "tiny:qwen2_vl"]

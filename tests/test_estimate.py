@@ -198,6 +198,7 @@ print(json.dumps([held, expected, peak]))
 @pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere the memory of the process that starts another one counts in it"
 )
+@pytest.mark.slow
 def test_the_peak_of_a_step_is_met_within_three_tenths(tmp_path: Path) -> None:
     names = {"tests": str(Path(__file__).parent), "family": "qwen_vl", "batch": 160, "folder": str(tmp_path)}
     script = STEP.format(**names)

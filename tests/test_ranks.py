@@ -157,6 +157,7 @@ def lines_of(ends: Sequence[Ended]) -> list[str]:
     return [line for end in ends for line in (end.out + end.err).splitlines()]
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_its_line_alone(tmp_path: Path) -> None:
     ends = ended(begun(2, ["-c", FAILS_ON_ONE, "qwen2vl_celeb", "--out", str(tmp_path / "run")]))
     assert lines_of(ends) == ["error: row 7: no such photo; mend the row"]

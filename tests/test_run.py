@@ -256,6 +256,7 @@ def test_anybody_can_load_the_model_without_vkd_and_generate(finished: Finished,
     ],
     ids=["report", "evaluation", "model", "mask"],
 )
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_figures_of_an_uninterrupted_one(
     finished: Finished, tmp_path: Path, lost: list[str]
 ) -> None:
@@ -279,6 +280,7 @@ def test_what_is_finished_is_not_done_again(finished: Finished, tmp_path: Path) 
     assert {path: path.stat().st_mtime_ns for path in kept} == before
 
 
+@pytest.mark.slow
 def test_another_seed_starts_from_the_same_taught_model(finished: Finished, tmp_path: Path) -> None:
     taught = sorted(finished.cache.glob("taught/*/model.safetensors"))
     assert len(taught) == 2  # vanilla and retain-only
@@ -301,6 +303,7 @@ def test_another_seed_starts_from_the_same_taught_model(finished: Finished, tmp_
     assert not (folder / "mask.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_deleted_cache_is_filled_again_on_resume(finished: Finished, tmp_path: Path) -> None:
     out = finished.copy(tmp_path / "out")
     (out / "checkpoints" / "evaluate-vanilla.json").unlink()
