@@ -173,6 +173,28 @@ def test_an_error_that_all_processes_make_is_told_once() -> None:
     assert [end.status for end in ends] == [2, 2]
 
 
+FAILS_LATER_ON_ONE = """
+import sys, time
+from vkd_framework.cli import entry_point, quick_imports
+with quick_imports():
+    from vkd_framework import data, ranks
+    from vkd_framework.errors import DataError
+def broken(config):
+    time.sleep(3 * ranks.rank())
+    raise DataError("row 7: no such photo; mend the row")
+data.load = broken
+sys.argv = ["vkd", "run", *sys.argv[1:]]
+entry_point()
+"""
+
+
+@pytest.mark.slow
+def test_who_makes_the_same_error_when_the_first_process_is_gone_says_nothing(tmp_path: Path) -> None:
+    ends = ended(begun(2, ["-c", FAILS_LATER_ON_ONE, "qwen2vl_celeb", "--out", str(tmp_path / "run")]))
+    assert lines_of(ends) == ["error: row 7: no such photo; mend the row"]
+    assert [end.status for end in ends] == [2, 2]
+
+
 SMALL = {
     "name": "small",
     "adapter": "qwen_vl",

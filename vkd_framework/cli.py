@@ -499,11 +499,12 @@ def entry_point() -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import without garbage collection, a quarter of the time, and keep transformers' own bars and advice away."""
+    """Import without garbage collection, a quarter of the time, and keep the bars and the advice of others away."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads triple the time beside another busy process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the last process to fail finds the first gone
     gc.disable()
     try:
         yield
