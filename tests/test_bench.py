@@ -213,6 +213,31 @@ def test_the_same_run_twice_is_refused_and_the_same_folder_twice_is_one() -> Non
         gather([Record(Path("one"), made("vkd")), Record(Path("two"), made("vkd"))])
 
 
+def test_the_json_file_of_a_comparison_is_compared_again_together_with_other_runs(tmp_path: Path) -> None:
+    for name, seed, steps in (("a", 0, 300), ("b", 1, 300), ("c", 0, 600)):
+        write_json(tmp_path / name / "metrics.json", made("vkd", seed))
+        recipe = {"name": name, "method": "vkd", "seed": seed, "unlearn": {"steps": steps}}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    folders = [tmp_path / name for name in "abc"]
+    at_once = gather(find(folders))
+    file = tmp_path / "published.json"
+    for more in folders:
+        file.write_text(export.json_text(find([file, more] if file.exists() else [more])))
+    (group,) = gather(find([file, file]))
+    assert [(row.label, row.seeds) for row in group.rows] == [(row.label, row.seeds) for row in at_once[0].rows]
+    again, once = (export.markdown([compare(g)], "vkd", command="-") for g in (group, at_once[0]))
+    assert again == once
+    with pytest.raises(RecipeError, match=r"published.json/small-vkd-0 and .*/a: both are vkd with seed 0"):
+        gather(find([file, folders[0]]))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '[{"method": "vkd"}]', "no JSON"])
+def test_another_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(RecipeError, match=r"other\.json: (is no list of runs|cannot be read)"):
+        find([tmp_path / "other.json"])
+
+
 def test_recipes_keep_to_themselves_and_methods_have_the_given_order() -> None:
     records = [Record(Path("r"), made(m, recipe=r)) for r in ("x", "y") for m in ("theirs", "vkd_paper", "vkd")]
     groups = gather(records, ["vkd", "vkd_paper"])
@@ -397,8 +422,8 @@ def test_csv_gives_every_figure_back_exactly() -> None:
 
 def test_json_holds_the_runs_as_in_their_metrics() -> None:
     found = json.loads(export.json_text([Record(Path("a"), one) for one in MANY]))
-    keys = ["recipe", "method", "seed", "models", "relearn", "cost"]
-    assert found == json.loads(json.dumps([{key: one[key] for key in keys} for one in MANY]))
+    keys = ["recipe", "method", "seed", "models", "relearn", "cost", "proofs"]
+    assert found == json.loads(json.dumps([{key: one[key] for key in keys} | {"settings": {}} for one in MANY]))
 
 
 def test_the_page_asks_for_nothing_and_escapes_names() -> None:

@@ -22,14 +22,19 @@ from vkd_framework.report.formatting import flatten
 METRICS = "metrics.json"
 SHARED_KEYS = ("recipe", "method", "seed", "models", "relearn", "cost")
 """What of `metrics.json` goes into the JSON file of a comparison."""
-WHERE_MEASURED = ("attacks", "over_forgotten")
+WHERE_MEASURED = ("attacks", "over_forgotten", "proofs", "verdict")
 """What goes there too where the run has it."""
+SETTINGS = "settings"
+"""And the settings, under this key, so that the file can be compared again."""
 IDENTITY = ("name", "description", "method", "seed")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run: its `metrics.json`, and the settings of its recipe but for name, method and seed."""
+    """A finished run: its `metrics.json`, and the settings of its recipe but for name, method and seed.
+
+    A run from the JSON file of a comparison has that file for its folder's parent.
+    """
 
     folder: Path
     metrics: Mapping[str, Any]
@@ -58,7 +63,7 @@ class Record:
     def shared(self) -> dict[str, Any]:
         """The run as an entry of the JSON file."""
         further = {key: self.metrics[key] for key in WHERE_MEASURED if key in self.metrics}
-        return {key: self.metrics.get(key) for key in SHARED_KEYS} | further
+        return {key: self.metrics.get(key) for key in SHARED_KEYS} | further | {SETTINGS: dict(self.settings)}
 
 
 @dataclass(frozen=True)
@@ -96,19 +101,46 @@ def read(folder: Path) -> Record:
         raise RecipeError(f"{folder}: holds no finished run (no {METRICS}); go on with it: vkd run --resume") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{folder / METRICS}: cannot be read ({on_one_line(error)})") from None
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("models"), dict) or "method" not in metrics:
+    if not _are_metrics(metrics):
         raise RecipeError(f"{folder / METRICS}: is not the metrics of a run; give folders that `vkd run` has made")
     return Record(folder, metrics, _settings(folder))
 
 
+def read_file(file: Path) -> list[Record]:
+    """The runs in the JSON file of a comparison. Raises RecipeError for anything else."""
+    try:
+        entries = read_json(file)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file}: cannot be read ({on_one_line(error)})") from None
+    if not isinstance(entries, list) or not all(map(_are_metrics, entries)):
+        raise RecipeError(
+            f"{file}: is no list of runs; give a file that `vkd bench --json` or `vkd compare --json` wrote"
+        )
+    return [
+        Record(file / f"{entry['recipe']}-{entry['method']}-{entry['seed']}", entry, entry.get(SETTINGS, {}))
+        for entry in entries
+    ]
+
+
 def find(places: Iterable[Path]) -> list[Record]:
-    """The finished runs in `places`, each a run folder or a folder of them. Raises RecipeError for one without any."""
+    """The finished runs in `places`: a run folder, a folder of them, or the JSON file of a comparison.
+
+    Raises RecipeError for a place without any.
+    """
     folders: dict[Path, Path] = {}
+    told: dict[Path, list[Record]] = {}
     for place in places:
+        if place.is_file():
+            told.setdefault(place.resolve(), read_file(place))
+            continue
         inside = [place] if (place / METRICS).exists() else [path.parent for path in sorted(place.glob(f"*/{METRICS}"))]
         for folder in inside or [place]:
             folders.setdefault(folder.resolve(), folder)
-    return [read(folder) for folder in folders.values()]
+    return [*(record for records in told.values() for record in records), *map(read, folders.values())]
+
+
+def _are_metrics(found: object) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("models"), dict) and "method" in found
 
 
 def gather(records: Sequence[Record], order: Sequence[str] = ()) -> list[Group]:
