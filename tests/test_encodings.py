@@ -112,13 +112,27 @@ def test_what_evaluation_encoded_can_be_trained_on(student: MLLM, splits: Splits
     assert all(not value.is_inference() for value in student.tokenize(pairs).inputs.values())
 
 
-def test_no_more_is_kept_than_the_limit(tiny: MLLM, splits: Splits) -> None:
+def test_beyond_its_limit_of_memory_all_is_kept_on_disk(tiny: MLLM, splits: Splits) -> None:
     encode = Counting(tiny)
     kept = Encodings(encode, limit=200_000)
     for pairs in batches_of(splits) * 2:
         assert same(kept.batch(pairs, True, "right"), encode.direct(pairs, True, "right"))
-        assert kept.held <= 200_000
-    assert kept.held > 0
+        assert 0 < kept.bytes <= 200_000
+    seen = encode.asked
+    for pairs in batches_of(splits):
+        kept.batch(pairs, True, "right")
+    assert encode.asked == seen
+
+
+def test_what_has_no_room_on_disk_either_is_encoded_again(tiny: MLLM, splits: Splits) -> None:
+    encode = Counting(tiny)
+    kept = Encodings(encode, limit=20_000, disk_limit=0)
+    for pairs in batches_of(splits) * 2:
+        assert same(kept.batch(pairs, True, "right"), encode.direct(pairs, True, "right"))
+    seen = encode.asked
+    for pairs in batches_of(splits):
+        assert same(kept.batch(pairs, True, "right"), encode.direct(pairs, True, "right"))
+    assert encode.asked > seen
 
 
 def test_a_loaded_copy_of_a_processor_shares_what_is_kept(splits: Splits, tmp_path: Path) -> None:

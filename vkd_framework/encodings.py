@@ -9,10 +9,9 @@ asked. So it is, always, for batches whose photos differ in size or number, whic
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vkd_framework.types import EncodedBatch, ImageQuestionPair, Photo
 
@@ -20,14 +19,20 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import ProcessorMixin
 
+    from vkd_framework.shelf import Shelf
+
+K = TypeVar("K", bound=Hashable)
 LIMIT = 2**26
-"""Bytes that are kept for one processor; what was not used for longest goes first."""
+"""Bytes that are kept in memory for one processor: half for tokens, half for what photos became."""
+
+DISK_LIMIT = 2**32
+"""Bytes of either that are kept on disk beyond that. What has no room there either is encoded anew each time."""
 
 CHECKED = 2
 """Batches of each kind that are encoded both ways before what is kept is trusted."""
 
 Encode = Callable[[Sequence[ImageQuestionPair], bool, str], EncodedBatch]
-Tensors = dict[str, "Tensor"]
+Tensors = Mapping[str, "Tensor"]
 
 
 @dataclass
@@ -46,12 +51,18 @@ class Encodings:
     `encode`.
     """
 
-    def __init__(self, encode: Encode, limit: int = LIMIT) -> None:
-        self._encode, self._limit = encode, limit
-        self.held = 0
-        """Bytes that are kept."""
-        self._kept: OrderedDict[Hashable, Tensors] = OrderedDict()
+    def __init__(self, encode: Encode, limit: int = LIMIT, disk_limit: int = DISK_LIMIT) -> None:
+        from vkd_framework.shelf import Shelf
+
+        self._encode, self._disk_limit = encode, disk_limit
+        self._tokens: Shelf[Hashable] = Shelf(limit // 2)
+        self._photos: Shelf[tuple[Photo, ...]] = Shelf(limit // 2)
         self._kinds: dict[Hashable, _Kind | None] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by what is not on disk."""
+        return self._tokens.bytes + self._photos.bytes
 
     def batch(self, pairs: Sequence[ImageQuestionPair], with_answer: bool, padding_side: str) -> EncodedBatch:
         """What `encode` returns for the same arguments."""
@@ -79,8 +90,8 @@ class Encodings:
         found: dict[Hashable, tuple[Tensors, Tensors]] = {}
         missing: dict[bool, dict[Hashable, ImageQuestionPair]] = {}
         for key, pair in zip(keys, pairs, strict=True):
-            tokens = self._get(key)
-            photos = self._get(pair.photos) if pair.photos else {}
+            tokens = self._tokens.get(key)
+            photos = self._photos.get(pair.photos) if pair.photos else {}
             if tokens is None or photos is None:
                 missing.setdefault(bool(pair.photos), {})[key] = pair
             else:
@@ -94,29 +105,19 @@ class Encodings:
                 return None
             for (key, pair), part in zip(asked.items(), parts, strict=True):
                 found[key] = part
-                self._keep(key, part[0])
+                self._keep(self._tokens, key, part[0])
                 if pair.photos:
-                    self._keep(pair.photos, part[1])
+                    self._keep(self._photos, pair.photos, part[1])
         return [found[key] for key in keys]
 
     def _agree(self, photos: tuple[Photo, ...], part: Tensors) -> bool:
         """Whether photos became what they became in another batch."""
-        known = self._kept.get(photos)
+        known = self._photos.get(photos)
         return known is None or _same(known, part)
 
-    def _get(self, key: Hashable) -> Tensors | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        return None
-
-    def _keep(self, key: Hashable, tensors: Tensors) -> None:
-        if key in self._kept:
-            return
-        self._kept[key] = tensors
-        self.held += _bytes(tensors)
-        while self.held > self._limit:
-            self.held -= _bytes(self._kept.popitem(last=False)[1])
+    def _keep(self, shelf: Shelf[K], key: K, tensors: Tensors) -> None:
+        if shelf.bytes_on_disk < self._disk_limit:
+            shelf[key] = tensors
 
 
 def fingerprint(processor: ProcessorMixin) -> str | None:
@@ -209,7 +210,3 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items()
     )
-
-
-def _bytes(tensors: Tensors) -> int:
-    return sum(value.nbytes for value in tensors.values())

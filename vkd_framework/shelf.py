@@ -1,4 +1,4 @@
-"""What is remembered of many photos: in memory as long as it is little, on disk from there on.
+"""What is remembered of many photos or pairs: in memory as long as it is little, on disk from there on.
 
 So a cast of a thousand people takes no more memory than one of ten.
 """
@@ -6,9 +6,10 @@ So a cast of a thousand people takes no more memory than one of ten.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import IO
+from io import FileIO
+from typing import TypeVar
 
 import numpy
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from vkd_framework.cache import cache_folder
 
 LIMIT = 2**26
-"""Bytes of features that are held in memory."""
+"""Bytes that are held in memory."""
 
-Keys = tuple[str, ...]
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -35,62 +36,72 @@ class _Place:
         return self.shape.numel() * self.dtype.itemsize
 
 
-class Shelf(MutableMapping[Keys, Mapping[str, Tensor]]):
-    """Keys of the photos shown together -> layer -> features. Nothing can be taken out or replaced.
+class Shelf(MutableMapping[K, Mapping[str, Tensor]]):
+    """Such as the keys of photos shown together -> layer -> features. Nothing can be taken out or replaced.
 
     What goes beyond `limit` bytes is written to a file in the user's cache folder that is gone when the shelf is.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit, self._held, self._written = limit, 0, 0
-        self._near: dict[Keys, Mapping[str, Tensor]] = {}
-        self._far: dict[Keys, dict[str, _Place]] = {}
-        self._file: IO[bytes] | None = None
+        self._near: dict[K, Mapping[str, Tensor]] = {}
+        self._far: dict[K, dict[str, _Place]] = {}
+        self._file: FileIO | None = None
 
     @property
     def bytes(self) -> int:
         """Memory held by what is not on disk."""
         return self._held
 
-    def __getitem__(self, keys: Keys) -> Mapping[str, Tensor]:
-        near = self._near.get(keys)
-        return near if near is not None else {layer: self._read(place) for layer, place in self._far[keys].items()}
+    @property
+    def bytes_on_disk(self) -> int:
+        """What went beyond the limit."""
+        return self._written
 
-    def __setitem__(self, keys: Keys, features: Mapping[str, Tensor]) -> None:
-        if keys in self:
+    def __getitem__(self, key: K) -> Mapping[str, Tensor]:
+        near = self._near.get(key)
+        return near if near is not None else {name: self._read(place) for name, place in self._far[key].items()}
+
+    def __setitem__(self, key: K, tensors: Mapping[str, Tensor]) -> None:
+        if key in self:
             return
-        size = sum(rows.numel() * rows.element_size() for rows in features.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         if self._held + size <= self._limit:
-            self._near[keys] = features
+            self._near[key] = tensors
             self._held += size
         else:
-            self._far[keys] = {layer: self._write(rows) for layer, rows in features.items()}
+            self._far[key] = {name: self._write(tensor) for name, tensor in tensors.items()}
 
-    def __delitem__(self, keys: Keys) -> None:
+    def __delitem__(self, key: K) -> None:
         raise TypeError("what is on the shelf stays there")
 
-    def __iter__(self) -> Iterator[Keys]:
+    def __iter__(self) -> Iterator[K]:
         yield from self._near
         yield from self._far
 
     def __len__(self) -> int:
         return len(self._near) + len(self._far)
 
-    def __contains__(self, keys: object) -> bool:
-        return keys in self._near or keys in self._far
+    def __contains__(self, key: object) -> bool:
+        return key in self._near or key in self._far
 
-    def _write(self, rows: Tensor) -> _Place:
+    def _write(self, tensor: Tensor) -> _Place:
         if self._file is None:
             cache_folder().mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=cache_folder())
-        place = _Place(self._written, rows.shape, rows.dtype)
+            self._file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)
+        place = _Place(self._written, tensor.shape, tensor.dtype)
         self._file.seek(place.offset)
-        self._file.write(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        unwritten = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        while len(unwritten):
+            unwritten = unwritten[self._file.write(unwritten) :]
         self._written += place.bytes
         return place
 
     def _read(self, place: _Place) -> Tensor:
         assert self._file is not None
+        found = numpy.empty(place.bytes, dtype=numpy.uint8)
         self._file.seek(place.offset)
-        found = numpy.frombuffer(bytearray(self._file.read(place.bytes)), dtype=numpy.uint8)
+        unread = found.data
+        while len(unread):
+            unread = unread[self._file.readinto(unread) :]
         return torch.from_numpy(found).view(place.dtype).view(place.shape)

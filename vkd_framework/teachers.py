@@ -97,7 +97,7 @@ def kept_pairs(splits: Splits) -> list[ImageQuestionPair]:
 
 def watched(mllm: MLLM, layers: Sequence[str], pairs: Iterable[ImageQuestionPair], batch_size: int = BATCH) -> Memory:
     """The features that a model's own visual modules make of the pairs' photos."""
-    memory = Shelf()
+    memory: Shelf[tuple[str, ...]] = Shelf()
     for chunk, inputs, tap in _passes(mllm, layers, pairs, batch_size):
         found = photo_features(mllm, inputs, tap)
         for b, pair in enumerate(chunk):
@@ -113,7 +113,7 @@ def resampled(
     batch_size: int = BATCH,
 ) -> Memory:
     """The features of a foreign model, laid over the rows that `mllm` has at each layer."""
-    memory = Shelf()
+    memory: Shelf[tuple[str, ...]] = Shelf()
     for chunk, inputs, tap in _passes(mllm, layers, pairs, batch_size):
         maps = foreign.see([photo for pair in chunk for photo in pair.photos])
         sizes = [[photo.open().size for photo in pair.photos] for pair in chunk]
