@@ -146,19 +146,16 @@ def _fresh(options: argparse.Namespace, size: Size) -> Figures:
 
 
 def _methods(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits, held: Figures) -> Figures:
-    """Name -> figures; every round makes one timed step of each, after one that is not timed."""
+    """Name -> figures; every round times two steps of each, which differ where terms take turns."""
     counted: dict[str, list[float]] = {name: [] for name in _asked(options)}
     wall: dict[str, list[float]] = {name: [] for name in counted}
     for turn in range(options.repeats):
         print(f"steps: round {turn + 1} of {options.repeats}", file=sys.stderr)
         for name in counted:
             one = prepared(name, mllm, options.family, size, splits)
-            one.step(0)
-            watch = memory.Stopwatch(size.device)
-            one.step(1)
-            seconds = watch.seconds()
-            counted[name].append(seconds[0])
-            wall[name].append(seconds[1])
+            cpu, waited = lines.two_steps(one, size)
+            counted[name].append(cpu)
+            wall[name].append(waited)
             del one
             mllm.model.zero_grad()
     found: Figures = {}

@@ -129,7 +129,11 @@ def make_recipe(**changes: Any) -> Recipe:
     }
     if "method" not in changes:
         given = changes.pop("losses", {})
-        terms: dict[str, Any] = {"forget_output": {"form": "capped_ascent"}, "repel": {"weight": 0.3}}
+        terms: dict[str, Any] = {
+            "forget_output": {"form": "capped_ascent"},
+            "retain_output": {"share": 1},
+            "repel": {"weight": 0.3},
+        }
         losses = given | {name: term | given.get(name, {}) for name, term in terms.items()}
         changes = {"losses": losses, "simulated_attack": {"weight": 0}, **changes}
     return Recipe.model_validate(settings | changes)

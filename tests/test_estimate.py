@@ -119,7 +119,7 @@ def test_a_step_by_hand() -> None:
 
 
 def test_a_step_runs_what_the_recipe_asks_for() -> None:
-    attack = {"weight": 0.5, "scopes": ["visual", "full", "full"], "batch_size": 2, "rank": None}
+    attack = {"weight": 0.5, "scopes": ["visual", "full", "full"], "batch_size": 2, "rank": None, "turns": False}
     recipe = make_recipe(simulated_attack=attack, losses={"retain_kl": {"weight": 1}})
     run = {each.what: each for each in work.passes(recipe)}
     assert run["forget"] == work.Pass("forget", 4, True, VISUAL)
@@ -127,6 +127,13 @@ def test_a_step_runs_what_the_recipe_asks_for() -> None:
     assert run["attacker, full"] == work.Pass("attacker, full", 2, True, PARTS, 2 / 3)
     low = work.passes(make_recipe(simulated_attack={**attack, "rank": 8}))
     assert work.Pass("attacker, full", 2, True, VISUAL, 2 / 3) in low
+    turns = work.passes(make_recipe(simulated_attack={**attack, "turns": True}))
+    assert [each.times for each in turns] == [1 / 2, 1, 1 / 6, 1 / 3]
+    shares = {"others": 0.5, "strangers": 0.25, "forgotten": 0.25}
+    settings = {"unlearn": {"retain_batch": 16, "retain_shares": shares}, "losses": {"retain_output": {"share": 0.25}}}
+    run = {each.what: each for each in work.passes(make_recipe(**settings))}
+    assert run["retain"] == work.Pass("retain", 4 + 3, True, VISUAL)
+    assert run["retain, photos alone"] == work.Pass("retain, photos alone", 9, False, VISUAL)
     off = {"forget_output": {"weight": 0}, "retain_output": {"weight": 0}, "repel": {"target": "mean"}}
     features_only = make_recipe(losses=off)
     assert [each.output for each in work.passes(features_only)] == [False, False]

@@ -13,7 +13,7 @@ from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe, UnlearnConfig
 from vkd_framework.saliency import Mask
-from vkd_framework.types import Splits
+from vkd_framework.types import ImageQuestionPair, Splits
 from vkd_framework.unlearn import History, active_parameters, phase_at, rate_factor, retain_batches, unlearn
 
 
@@ -86,13 +86,13 @@ def test_text_only_answers_do_not_change(taught: MLLM, splits: Splits, tmp_path:
         assert torch.equal(mllm.model(**batch.inputs).logits, before)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize(("at", "turns"), [(1, False), (2, True), (3, False), (3, True)])
 def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
-    tiny: MLLM, splits: Splits, tmp_path: Path, at: int
+    tiny: MLLM, splits: Splits, tmp_path: Path, at: int, turns: bool
 ) -> None:
     settings = {"steps": 5, "warmup": 2, "forget_batch": 7, "retain_batch": 5, "weight_decay": 0.1}
     phases = [{"share": 0.6, "forget": 1.0}, {"share": 0.4, "forget": 0.1}]
-    attack = {"weight": 0.5, "horizon": [1, 3], "head_start": 0, "batch_size": 3}
+    attack = {"weight": 0.5, "horizon": [1, 3], "head_start": 0, "batch_size": 3, "turns": turns}
     recipe = make_recipe(unlearn={**settings, "phases": phases, "checkpoint_every": at}, simulated_attack=attack)
     straight, killed, resumed = tiny.copy(), tiny.copy(), tiny.copy()
     expected = unlearned(straight, splits, recipe, tmp_path / "straight")
@@ -109,6 +109,29 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
     history = unlearn(resumed, recipe, splits, None, resume=resume, record=lambda _: None)
     assert history == expected
     assert not changed(weights(straight), weights(resumed))
+
+
+def test_forget_terms_and_attacker_take_turns_with_twice_their_weight(
+    tiny: MLLM, splits: Splits, tmp_path: Path
+) -> None:
+    attack = {"weight": 1.0, "head_start": 0, "batch_size": 4}
+    settings = {"steps": 5, "warmup": 0, "forget_batch": 4, "retain_batch": 4, "cosine_share": 0.0}
+    turns = make_recipe(unlearn=settings, simulated_attack=attack | {"turns": True})
+    history = unlearned(tiny.copy(), splits, turns, tmp_path / "turns")
+    assert ["forget_output" in entry for entry in history] == [True, False, True, False, True]
+    assert ["attacked" in entry for entry in history] == [False, True, False, True, False]
+    assert all("retain_output" in entry for entry in history)
+
+    def after(steps: int, strength: float, **attacker: Any) -> dict[str, torch.Tensor]:
+        mllm = tiny.copy()
+        phases = [{"share": 1.0, "forget": strength}]
+        changes = {"unlearn": settings | {"steps": steps, "phases": phases}, "simulated_attack": attack | attacker}
+        unlearned(mllm, splits, make_recipe(**changes), tmp_path / f"{steps}{strength}{attacker}")
+        return weights(mllm)
+
+    first = after(1, 0.1, turns=True)
+    assert not changed(first, after(1, 0.2, weight=0))
+    assert changed(first, after(1, 0.1, turns=False))
 
 
 def test_a_resumed_run_keeps_masked_weights_at_the_starting_model(tiny: MLLM, splits: Splits, tmp_path: Path) -> None:
@@ -200,6 +223,41 @@ def test_a_visible_question_about_a_forgotten_person_keeps_its_answer_but_not_it
     alone = objective.retain(about_others)[1]["attract"]
     assert mixed == pytest.approx(alone, rel=1e-4)
     assert alone > 0
+
+
+def test_of_the_pairs_that_attract_holds_only_a_share_is_asked_and_all_others_are(
+    student: MLLM, splits: Splits
+) -> None:
+    about_forgotten = [pair for pair in splits.retain if pair.subject in splits.forget_subjects][:2]
+    about_others = [pair for pair in splits.retain if pair.subject not in splits.forget_subjects][:8]
+    pairs = [*about_others[:4], *about_forgotten, *about_others[4:]]
+    for parameter in student.parameters(["encoder"]).values():
+        parameter.data.mul_(1.1)
+
+    def terms(share: float, asked: list[ImageQuestionPair]) -> tuple[float, dict[str, float]]:
+        objective = Objective(student, make_recipe(losses={"retain_output": {"share": share}}), splits)
+        loss, found = objective.retain(asked)
+        return loss.item(), found
+
+    loss, quarter = terms(0.25, pairs)
+    _, chosen = terms(1, [about_others[0], *about_forgotten, about_others[4]])
+    _, all_seen = terms(1, pairs)
+    assert quarter["retain_output"] == pytest.approx(chosen["retain_output"], rel=1e-5)
+    assert quarter["attract"] == pytest.approx(all_seen["attract"], rel=1e-5)
+    assert loss == pytest.approx(quarter["retain_output"] + quarter["attract"], rel=1e-5)
+    _, few = terms(0.01, pairs)
+    assert few["retain_output"] == pytest.approx(terms(1, about_forgotten)[1]["retain_output"], rel=1e-5)
+    assert set(terms(0.01, about_others)[1]) == {"attract"}
+
+
+def test_where_attract_is_off_every_retain_pair_is_asked(student: MLLM, splits: Splits) -> None:
+    pairs = splits.retain[:8]
+    off = {"retain_output": {"share": 0.25}, "attract": {"weight": 0}}
+    found = [
+        Objective(student, make_recipe(losses=losses), splits).retain(pairs)[1]["retain_output"]
+        for losses in (off, {"retain_output": {"share": 1}})
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_feature_terms_use_their_own_layers_where_they_name_some(student: MLLM, splits: Splits) -> None:

@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
             "train": ["encoder", "projector"],
             "losses": {
                 "forget_output": {"form": "stranger", "weight": 1.0},
-                "retain_output": {"weight": 1.0},
+                "retain_output": {"weight": 1.0, "share": 0.25},
                 "attract": {"weight": 1.0, "distance": "relative_squared"},
                 "repel": {"weight": 0.0},
             },
@@ -74,6 +74,7 @@ METHODS: dict[str, Method] = {
                 "cap": 12.0,
                 "scopes": ["visual", "full", "full"],
                 "rank": 8,
+                "turns": True,
                 "horizon": [10, 30],
                 "head_start": 3,
                 "learning_rate": 3e-4,

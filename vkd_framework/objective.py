@@ -93,13 +93,41 @@ class Objective:
         return self._in_parts(share, [True] * len(share), weigh, self._forget_part, down)
 
     def retain(self, pairs: Sequence[ImageQuestionPair], down: Down | None = None) -> tuple[Tensor, dict[str, float]]:
-        """Weighted sum of the retain terms, and each term before weighting; `down` as for `forget`."""
+        """Weighted sum of the retain terms, and each term before weighting; `down` as for `forget`.
+
+        Who is not asked (`retain_output.share`) takes no pass through the language model.
+        """
         if not (self._retain_output.weight or self._retain_kl.weight or self._attract.weight):
             return torch.zeros((), device=self._mllm.device), {}
-        kept = [not self._splits.shows_forgotten(pair) for pair in pairs]
-        share = ranks.share(pairs)
-        tokens = 0 if self._vanilla is None else int(_answers(self._mllm.tokenize(share)).sum())
-        return self._in_parts(share, ranks.share(kept), _Weights(pairs, kept, tokens), self._retain_part, down)
+        whole, terms = torch.zeros((), device=self._mllm.device), dict[str, float]()
+        asked, unasked = self._asked(pairs)
+        held = sum(_shown(pairs, self._compared(pairs)))
+        for group, of_part in ((asked, self._retain_part), (unasked, self._attract_part)):
+            if not group:
+                continue
+            share, compared = ranks.share(group), self._compared(group)
+            tokens = 0 if self._vanilla is None else int(_answers(self._mllm.tokenize(share)).sum())
+            weigh = _Weights(group, compared, tokens, of_held=sum(_shown(group, compared)) / max(held, 1))
+            loss, found = self._in_parts(share, ranks.share(compared), weigh, of_part, down)
+            whole = whole + loss
+            for name, value in found.items():
+                terms[name] = terms[name] + value if name in terms else value
+        return whole, terms
+
+    def _compared(self, pairs: Sequence[ImageQuestionPair]) -> list[bool]:
+        """Which pairs of the retain set attract holds, if they have a photo."""
+        return [not self._splits.shows_forgotten(pair) for pair in pairs]
+
+    def _asked(self, pairs: Sequence[ImageQuestionPair]) -> tuple[list[ImageQuestionPair], list[ImageQuestionPair]]:
+        """The pairs of a retain batch that are asked, and the others; the choice is spread over the batch."""
+        shown = _shown(pairs, self._compared(pairs)) if self._attract.weight else []
+        held = [index for index, holds in enumerate(shown) if holds]
+        count = round(self._retain_output.share * len(held))
+        unasked = set(held) - {held[place * len(held) // count] for place in range(count)}
+        return (
+            [pair for index, pair in enumerate(pairs) if index not in unasked],
+            [pair for index, pair in enumerate(pairs) if index in unasked],
+        )
 
     def _in_parts(
         self,
@@ -167,6 +195,15 @@ class Objective:
             terms["attract"] = of_compared * distance.mean().item()
         return loss, terms
 
+    def _attract_part(
+        self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], weigh: _Weights
+    ) -> tuple[Tensor, dict[str, float]]:
+        _, distance, _ = self._forward(pairs, compared, self._attract, None)
+        assert distance is not None
+        weight = weigh.compared(pairs, compared)
+        loss = weight * self._attract.weight * losses.attract(distance)
+        return loss, {"attract": weight * distance.mean().item()}
+
     def _forward(
         self,
         pairs: Sequence[ImageQuestionPair],
@@ -216,13 +253,18 @@ class Objective:
 
 
 class _Weights:
-    """What the means over a part of this process's share weigh among those over the whole batch of all processes."""
+    """What the means over a part of this process's share weigh among those over the whole batch of all processes.
 
-    def __init__(self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], tokens: int = 0) -> None:
+    `of_held`: the share of all pairs that are compared with the teacher which is among `pairs`.
+    """
+
+    def __init__(
+        self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], tokens: int = 0, of_held: float = 1.0
+    ) -> None:
         share = ranks.share(pairs)
         self._share, self._shown, self._tokens = len(share), sum(_shown(share, ranks.share(compared))), tokens
         self._of_pairs = ranks.weight([True] * len(pairs))
-        self._of_compared = ranks.weight(_shown(pairs, compared))
+        self._of_compared = of_held * ranks.weight(_shown(pairs, compared))
         self._of_tokens = ranks.weight_of(tokens, pairs) if tokens else 0.0
 
     def pairs(self, part: Sequence[ImageQuestionPair]) -> float:

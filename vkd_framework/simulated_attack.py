@@ -2,12 +2,12 @@
 
 What is only hidden comes back as soon as the weights are nudged. So a part of the forget gradient is taken not at the
 student's weights v but at v + d, where d is what an attacker who fine-tunes on the forget pairs would have added. The
-attacker is simulated: at every training step he makes one Adam step down the cross-entropy of the forgotten answers at
-the attacked weights, over the visual modules alone or over every weight, and starts again from d = 0 after a random
-number of steps. The student's step is first order, as in first-order MAML (Finn et al., arXiv 1703.03400, section 5.2):
-the gradient at v + d is applied to v. Attacks inside the training loop are known from tamper-resistant safeguards
-(Tamirisa et al., arXiv 2408.00761); following one attacker instead of starting anew at each step, and with a frozen
-language model, is ours.
+attacker is simulated: at every training step, or at every other one, he makes one Adam step down the cross-entropy of
+the forgotten answers at the attacked weights, over the visual modules alone or over every weight, and starts again from
+d = 0 after a random number of steps. The student's step is first order, as in first-order MAML (Finn et al., arXiv
+1703.03400, section 5.2): the gradient at v + d is applied to v. Attacks inside the training loop are known from
+tamper-resistant safeguards (Tamirisa et al., arXiv 2408.00761); following one attacker instead of starting anew at each
+step, and with a frozen language model, is ours.
 
 His copy of a large language model, with two moments for each weight, would take more memory than all else. With `rank`
 he adds something of low rank to its linear layers instead (see `low_rank`), as most people who fine-tune do.
@@ -62,7 +62,7 @@ class SimulatedAttacker:
     ) -> None:
         self._mllm, self._student, self._config, self._pairs = mllm, student, config, pairs
         self._seed, self._restart_every = seed, restart_every
-        self._begin = self._end = 0
+        self._begin = self._made = self._length = 0
         self._delta: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._added: LowRank | None = None
@@ -90,9 +90,9 @@ class SimulatedAttacker:
         `weight` times the gradient of `- mean min(CE, cap)` before that step is added to the student's, but not during
         the attack's first steps: near the student's own weights it is the forget terms that say how far to go.
         """
-        if step >= self._end or step // self._restart_every != self._begin // self._restart_every:
+        if self._made == self._length or step // self._restart_every != self._begin // self._restart_every:
             self._start(step)
-        pairs = self.batches.batch(step - self._begin)
+        pairs = self.batches.batch(self._made)
         share = ranks.weight([True] * len(pairs))
         batch = self._mllm.tokenize(ranks.share(pairs))
         student = {name: self._attacked(name, parameter) for name, parameter in self._student.items()}
@@ -100,13 +100,14 @@ class SimulatedAttacker:
             logits = answer_logits(self._mllm.model, batch.inputs, batch.content, {**self._own, **student})
         cross_entropy = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
         reached = cross_entropy.requires_grad  # text alone meets nothing that he tunes, where only visual modules are
-        counts = reached and step - self._begin >= self._config.head_start
+        counts = reached and self._made >= self._config.head_start
         above = cross_entropy.detach() > self._config.cap
         if counts and bool(above.any()):
             capped = cross_entropy.clamp(max=self._config.cap).mean()
             self._push(_gradient(capped, student), share * weight)
             counts = False
-        t = step - self._begin + 1
+        self._made += 1
+        t = self._made
         waiting: dict[str, Tensor] = {}  # of several processes, until the others' gradients are added
         use = partial(self._move, t) if ranks.size() == 1 else waiting.__setitem__
         with as_gradients_come(self._leaves, use):
@@ -124,7 +125,7 @@ class SimulatedAttacker:
     def _start(self, step: int) -> None:
         """A new attack from the student's weights of this moment: its scope, its length and its batches are drawn."""
         draw = random.Random(f"{self._seed}/{step}")
-        self._begin, self._end = step, step + draw.randint(*self._config.horizon)
+        self._begin, self._made, self._length = step, 0, draw.randint(*self._config.horizon)
         parts = SCOPES[draw.choice(self._config.scopes)]
         tuned = self._mllm.parameters(parts)
         self.batches = Batches(self._pairs, self._config.batch_size, draw.randrange(2**31))

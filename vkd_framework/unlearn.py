@@ -113,20 +113,26 @@ class Stepper:
         phase, held = phase_at(step, config), self._floor.holds(step)
         self.optimizer.zero_grad(set_to_none=True)
         strength, reached = config.phases[phase].forget if held else 0.0, [False]
+        attack = recipe.simulated_attack
+        forgets = attacks = True
+        if attack.weight and attack.turns:
+            strength, forgets, attacks = 2 * strength, step % 2 == 0, step % 2 == 1
 
         def down(loss: Tensor, strength: float = 1.0) -> None:
             if loss.requires_grad:
                 reached.append(True)
                 torch.autograd.backward(strength * loss)
 
-        _, forget_terms = objective.forget(self._forget.batch(step), partial(down, strength=strength))
-        if not any(ranks.gather(any(reached))):
-            raise RecipeError(
-                f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
-                "train what lies before losses.repel.layers, or give losses.forget_output a weight"
-            )
-        if attacked := strength * recipe.simulated_attack.weight:
-            forget_terms["attacked"] = self.attacker.add_gradient(step, attacked)
+        terms: dict[str, float] = {}
+        if forgets:
+            _, terms = objective.forget(self._forget.batch(step), partial(down, strength=strength))
+            if not any(ranks.gather(any(reached))):
+                raise RecipeError(
+                    f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
+                    "train what lies before losses.repel.layers, or give losses.forget_output a weight"
+                )
+        if attacks and strength * attack.weight:
+            terms["attacked"] = self.attacker.add_gradient(step, strength * attack.weight)
         if mask and recipe.mask.scope == "forget":
             mask_gradients(parameters, mask)
         _, retain_terms = objective.retain(self._retain.batch(step), down)
@@ -134,7 +140,7 @@ class Stepper:
             mask_gradients(parameters, mask)
         ranks.add_gradients(self.learned)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-        terms = ranks.totals({**forget_terms, **retain_terms})
+        terms = ranks.totals({**terms, **retain_terms})
         check_finite(step, {**terms, "the gradient": float(norm)})
         self.optimizer.step()
         if mask and recipe.mask.scope == "all":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional
 
 from costs.models import Size, recipe_of
 from vkd_framework.checkpoint import save_training
+from vkd_framework.estimate.work import passes
+from vkd_framework.features import vision_forward
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.recipe import Recipe
 from vkd_framework.saliency import save_mask
@@ -34,6 +37,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vkd_attacker_full": ("vkd", ("simulated_attack.scopes=[full]",)),
     "vkd_attacker_visual": ("vkd", ("simulated_attack.scopes=[visual]",)),
     "vkd_attacker_every_weight": ("vkd", ("simulated_attack.scopes=[full]", "simulated_attack.rank=null")),
+    "vkd_all_asked_without_turns": ("vkd", ("simulated_attack.turns=false", "losses.retain_output.share=1")),
     "vkd_without_attacker": ("vkd", (ALONE,)),
     "vkd_output_terms_only": ("vkd", (ALONE, OUTPUT_ONLY)),
     "vkd_feature_terms_only": (
@@ -114,27 +118,42 @@ def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> Prepared:
-    """Batches are encoded and the teacher's features known before; nothing is checked, recorded or drawn."""
+    """Batches are encoded and the teacher's features known before; nothing is checked, recorded or drawn.
+
+    Of the retain pairs as many are asked as the recipe asks, the photos of all are seen.
+    """
     config, layers = recipe.unlearn, [mllm.model.get_submodule(mllm.layer(name).path) for name in recipe.layers]
-    forget, retain = (
-        mllm.tokenize(pairs[:count])
-        for pairs, count in ((splits.forget, config.forget_batch), (splits.retain, config.retain_batch))
+    many = next(one.pairs for one in passes(recipe) if one.what == "retain")
+    forget, asked, unasked = (
+        mllm.tokenize(pairs)
+        for pairs in (
+            splits.forget[: config.forget_batch],
+            splits.retain[:many],
+            splits.retain[many : config.retain_batch],
+        )
     )
     students = trainable(mllm, recipe.train)
     optimizer = torch.optim.AdamW(students.values(), lr=config.learning_rate)
     features: list[Tensor] = []
 
-    def seen() -> Tensor:
+    def seen(look: Callable[[], Tensor]) -> Tensor:
         features.clear()
         kept = [layer.register_forward_hook(lambda _m, _i, out: features.append(_tensor(out))) for layer in layers]
-        loss = cross_entropy(mllm, retain)
+        loss = look()
         for handle in kept:
             handle.remove()
         return loss
 
-    with torch.no_grad():
-        seen()
-    teacher = list(features)
+    def photos_alone() -> Tensor:
+        vision_forward(mllm, unasked.inputs)
+        return torch.zeros((), device=mllm.device)
+
+    retain = [partial(cross_entropy, mllm, asked), photos_alone]
+    teachers = []
+    for look in retain:
+        with torch.no_grad():
+            seen(look)
+        teachers.append(list(features))
     attacked, held = mllm, None
     if attack is not None:
         attacked = mllm.copy(share=[part for part in PARTS if part not in SCOPES[attack]])
@@ -142,18 +161,20 @@ def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> 
         held = torch.optim.Adam(attackers.values(), lr=recipe.simulated_attack.learning_rate)
         students = trainable(mllm, recipe.train)
 
-    def step(_: int) -> None:
+    def step(index: int) -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(-cross_entropy(mllm, forget))
-        if held is not None:
+        if held is None or index % 2 == 0:
+            torch.autograd.backward(-cross_entropy(mllm, forget))
+        else:
             held.zero_grad()
             torch.autograd.backward(cross_entropy(attacked, forget))
             for name, parameter in students.items():
-                parameter.grad = _sum(parameter.grad, attackers[name].grad)
+                parameter.grad = None if attackers[name].grad is None else -attackers[name].grad
             held.step()
-        loss = seen()
-        apart = [(f - t).square().sum() / t.square().sum() for f, t in zip(features, teacher, strict=True)]
-        torch.autograd.backward(loss + torch.stack(apart).mean())
+        for look, teacher in zip(retain, teachers, strict=True):
+            loss = seen(look)
+            apart = [(f - t).square().sum() / t.square().sum() for f, t in zip(features, teacher, strict=True)]
+            torch.autograd.backward(loss + torch.stack(apart).mean())
         torch.nn.utils.clip_grad_norm_(students.values(), config.clip)
         optimizer.step()
 
@@ -175,7 +196,3 @@ def cross_entropy(mllm: MLLM, batch: EncodedBatch) -> Tensor:
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _sum(own: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return own if other is None else -other if own is None else own - other

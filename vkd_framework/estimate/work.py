@@ -118,20 +118,36 @@ def passes(recipe: Recipe) -> list[Pass]:
     terms, config, attack = recipe.losses, recipe.unlearn, recipe.simulated_attack
     found = []
     again, most = recipe.model.gradient_checkpointing, config.micro_batch
+    often = 0.5 if attack.weight and attack.turns else 1.0
     if terms.forget_output.weight or terms.repel.weight:
         to_the_end = terms.forget_output.weight > 0
-        found.append(Pass("forget", config.forget_batch, to_the_end, recipe.train, recomputed=again, most=most))
+        found.append(Pass("forget", config.forget_batch, to_the_end, recipe.train, often, recomputed=again, most=most))
     output = terms.retain_output.weight > 0 or terms.retain_kl.weight > 0
-    if output or terms.attract.weight:
-        found.append(Pass("retain", config.retain_batch, output, recipe.train, recomputed=again, most=most))
+    asked = _asked(recipe) if output else 0
+    if asked:
+        found.append(Pass("retain", asked, True, recipe.train, recomputed=again, most=most))
+    if terms.attract.weight and asked < config.retain_batch:
+        rest = config.retain_batch - asked
+        found.append(Pass("retain, photos alone", rest, False, recipe.train, recomputed=again, most=most))
     if terms.retain_kl.weight:
-        found.append(Pass("retain, as before", config.retain_batch, True, (), most=most))
+        found.append(Pass("retain, as before", asked, True, (), most=most))
     if attack.weight:
         for scope, drawn in Counter(attack.scopes).items():
             own = tuple(part for part in SCOPES[scope] if part != "language_model" or attack.rank is None)
             trained = tuple(part for part in PARTS if part in (*own, *recipe.train))
-            found.append(Pass(f"attacker, {scope}", attack.batch_size, True, trained, drawn / len(attack.scopes)))
+            times = often * drawn / len(attack.scopes)
+            found.append(Pass(f"attacker, {scope}", attack.batch_size, True, trained, times))
     return found
+
+
+def _asked(recipe: Recipe) -> int:
+    """How many pairs of a retain batch go to the end; as if attract held all where the recipe has no shares."""
+    terms, config = recipe.losses, recipe.unlearn
+    if not terms.attract.weight:
+        return config.retain_batch
+    shares = config.retain_shares or {"others": 1.0}
+    held = round(config.retain_batch * (1 - shares.get("forgotten", 0.0) / sum(shares.values())))
+    return config.retain_batch - held + round(terms.retain_output.share * held)
 
 
 def flops(size: Sizes, tokens: Tokens, each: Pass) -> dict[Part, Flops]:

@@ -46,6 +46,16 @@ class ForgetOutputTerm(OutputTerm):
     )
 
 
+class RetainOutputTerm(OutputTerm):
+    """The usual loss on the answers of the retain set."""
+
+    share: Share = Field(
+        default=1.0,
+        description="of the pairs that attract holds by their photos' features, how many are asked as well; all others "
+        "always are",
+    )
+
+
 class RetainKlTerm(OutputTerm):
     """Distance of the answer tokens' distribution from the starting model's, on the retain set."""
 
@@ -102,7 +112,7 @@ class Losses(Section):
     """The terms of the objective; a weight of 0 switches a term off."""
 
     forget_output: ForgetOutputTerm = ForgetOutputTerm()
-    retain_output: OutputTerm = OutputTerm()
+    retain_output: RetainOutputTerm = RetainOutputTerm()
     retain_kl: RetainKlTerm = RetainKlTerm()
     attract: FeatureTerm = FeatureTerm()
     repel: RepelTerm = RepelTerm()
@@ -207,7 +217,12 @@ class SimulatedAttack(Section):
         default=None, ge=1, description="of what he adds to a frozen language model's layers; null: tunes every weight"
     )
     horizon: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
-        default=(3, 20), description="shortest and longest attack, in steps"
+        default=(3, 20), description="shortest and longest attack, in steps of his"
+    )
+    turns: bool = Field(
+        default=False,
+        description="whether he and the forget terms take turns, a step each with twice the weight, or both have every "
+        "step",
     )
     head_start: int = Field(default=3, ge=0, description="steps of an attack before it counts")
     learning_rate: float = Field(default=3e-4, gt=0)
