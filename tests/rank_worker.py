@@ -34,6 +34,7 @@ def everything(folder: Path) -> Found:
     tiny = load_adapter("qwen_vl").tiny_model(texts_of(splits), 48, 0)
     tiny.model.requires_grad_(False)
     return {
+        "start": weights(tiny),
         "taught": weights(taught(tiny, splits, folder)),
         **{name: unlearned(tiny, splits, recipe, folder / name) for name, recipe in RECIPES.items()},
         "resumed": resumed(tiny, splits, folder / "resumed"),
