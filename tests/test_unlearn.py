@@ -134,6 +134,27 @@ def test_forget_terms_and_attacker_take_turns_with_twice_their_weight(
     assert changed(first, after(1, 0.1, turns=False))
 
 
+def test_taking_turns_leaves_no_forget_pair_out(
+    tiny: MLLM, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    forget = Objective.forget
+
+    def noted(self: Objective, pairs: list[ImageQuestionPair], *more: Any) -> Any:
+        asked.extend(pair.question for pair in pairs)
+        return forget(self, pairs, *more)
+
+    monkeypatch.setattr(Objective, "forget", noted)
+    first = splits.forget[0]
+    twelve = tuple(replace(first, question=f"Who is this, {number}?") for number in range(12))
+    recipe = make_recipe(
+        simulated_attack={"weight": 1.0, "batch_size": 2, "turns": True},
+        unlearn={"steps": 8, "forget_batch": 3, "retain_batch": 2},
+    )
+    unlearned(tiny.copy(), replace(splits, forget=twelve), recipe, tmp_path)
+    assert sorted(asked) == sorted(pair.question for pair in twelve)
+
+
 def test_a_resumed_run_keeps_masked_weights_at_the_starting_model(tiny: MLLM, splits: Splits, tmp_path: Path) -> None:
     recipe = make_recipe(
         mask={"kind": "random", "density": 0.5, "scope": "all"},

@@ -114,9 +114,9 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         strength, reached = config.phases[phase].forget if held else 0.0, [False]
         attack = recipe.simulated_attack
-        forgets = attacks = True
+        turn, forgets, attacks = step, True, True
         if attack.weight and attack.turns:
-            strength, forgets, attacks = 2 * strength, step % 2 == 0, step % 2 == 1
+            strength, turn, forgets, attacks = 2 * strength, step // 2, step % 2 == 0, step % 2 == 1
 
         def down(loss: Tensor, strength: float = 1.0) -> None:
             if loss.requires_grad:
@@ -125,7 +125,7 @@ class Stepper:
 
         terms: dict[str, float] = {}
         if forgets:
-            _, terms = objective.forget(self._forget.batch(step), partial(down, strength=strength))
+            _, terms = objective.forget(self._forget.batch(turn), partial(down, strength=strength))
             if not any(ranks.gather(any(reached))):
                 raise RecipeError(
                     f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
