@@ -8,7 +8,7 @@ from conftest import make_recipe, texts_of
 from torch import Tensor, nn
 
 from vkd_framework.errors import RecipeError
-from vkd_framework.gradients import as_gradients_come, recomputed
+from vkd_framework.gradients import adamw, as_gradients_come, recomputed
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.recipe import Recipe
@@ -96,3 +96,16 @@ def test_attention_is_computed_in_the_way_that_the_recipe_names(student: MLLM, s
 def test_attention_that_cannot_be_had_is_one_line_that_says_what_to_take(student: MLLM) -> None:
     with pytest.raises(RecipeError, match=r"^model\.attention: flash_attention_2 cannot be had .*take sdpa"):
         attend(student, "flash_attention_2")
+
+
+def test_adamw_takes_the_fused_kernel_and_goes_where_torchs_own_goes() -> None:
+    options = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    ours, plain = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    optimizers = adamw([ours], **options), torch.optim.AdamW([plain], foreach=False, fused=False, **options)
+    assert optimizers[0].defaults["fused"]
+    for step in range(5):
+        for parameter, optimizer in zip((ours, plain), optimizers, strict=True):
+            parameter.grad = torch.linspace(-2, 3, 7) * (step + 1)
+            optimizer.step()
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+    assert (ours.detach() - torch.linspace(-1, 1, 7)).abs().max() > 0.03

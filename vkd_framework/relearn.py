@@ -18,6 +18,7 @@ from vkd_framework import ranks
 from vkd_framework.batches import Batches
 from vkd_framework.errors import RecipeError
 from vkd_framework.evaluate import answer_losses, right_answers
+from vkd_framework.gradients import adamw
 from vkd_framework.intervals import clustered
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
@@ -131,7 +132,7 @@ def relearn(
     parts = SCOPES[scope]
     copied = mllm.copy(share=[part for part in SCOPES["full"] if part not in parts])
     parameters = trainable(copied, parts)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = adamw(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     batches = Batches(known, config.batch_size, seed)
     right = []
     for step in Progress(range(max(config.steps)), what):

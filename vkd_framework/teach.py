@@ -14,6 +14,7 @@ import torch
 from vkd_framework import ranks
 from vkd_framework.batches import MixedBatches
 from vkd_framework.checkpoint import load_training, save_training
+from vkd_framework.gradients import adamw
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
@@ -38,7 +39,7 @@ def teach(
     parameters = dict(mllm.model.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+    optimizer = adamw(parameters.values(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
     start, _ = load_training(resume, parameters, optimizer)
     progress = Progress(range(start, config.steps), what)
     for step in progress:

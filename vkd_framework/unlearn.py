@@ -19,6 +19,7 @@ from vkd_framework import ranks
 from vkd_framework.batches import Batches, MixedBatches, shared_out
 from vkd_framework.checkpoint import load_training, save_training
 from vkd_framework.errors import DivergedError, RecipeError
+from vkd_framework.gradients import adamw
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
@@ -99,9 +100,7 @@ class Stepper:
             restart_every=config.checkpoint_every,
         )
         self._floor = RetainFloor(mllm, config, recipe.evaluate, splits.retain, seed=recipe.seed)
-        self.optimizer = torch.optim.AdamW(
-            self.learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = adamw(self.learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def step(self, step: int) -> tuple[dict[str, Any], dict[str, float]]:
         """Make one step; returns its entry in the history, and of that the loss terms before weighting."""

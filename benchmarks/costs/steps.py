@@ -133,7 +133,7 @@ def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> 
         )
     )
     students = trainable(mllm, recipe.train)
-    optimizer = torch.optim.AdamW(students.values(), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(students.values(), lr=config.learning_rate, fused=True)
     features: list[Tensor] = []
 
     def seen(look: Callable[[], Tensor]) -> Tensor:
