@@ -146,7 +146,7 @@ def _fresh(options: argparse.Namespace, size: Size) -> Figures:
 
 
 def _methods(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits, held: Figures) -> Figures:
-    """Name -> figures; every round times two steps of each, which differ where terms take turns."""
+    """Name -> figures; every round times two steps of each, which differ where forget terms and attacker take turns."""
     counted: dict[str, list[float]] = {name: [] for name in _asked(options)}
     wall: dict[str, list[float]] = {name: [] for name in counted}
     for turn in range(options.repeats):

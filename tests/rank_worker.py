@@ -76,6 +76,12 @@ RECIPES: dict[str, Recipe] = {
         simulated_attack={"weight": 1.0, "scopes": ["full"], "rank": 2, "head_start": 0, "batch_size": 5},
         unlearn={**FAST, "steps": 3, "forget_batch": 3, "retain_batch": 3},
     ),
+    # his attack goes on for several of his steps; of what is asked, groups smaller than the processes
+    "turns": make_recipe(
+        simulated_attack={"weight": 1.0, "turns": True, "horizon": [9, 9], "head_start": 0, "batch_size": 3},
+        losses={"retain_output": {"share": 0.5}, "retain_kl": {"weight": 1.0}},
+        unlearn={**FAST, "steps": 6, "forget_batch": 3, "retain_batch": 5},
+    ),
     "one_pair": make_recipe(unlearn={**FAST, "steps": 2, "forget_batch": 1, "retain_batch": 1}),
 }
 

@@ -231,7 +231,10 @@ def test_the_json_file_of_a_comparison_is_compared_again_together_with_other_run
         gather(find([file, folders[0]]))
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '[{"method": "vkd"}]', "no JSON"])
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{}", '[{"method": "vkd"}]', '[{"method": "vkd", "models": {}, "recipe": "r", "seed": null}]', "no JSON"],
+)
 def test_another_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(RecipeError, match=r"other\.json: (is no list of runs|cannot be read)"):

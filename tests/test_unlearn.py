@@ -13,6 +13,7 @@ from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe, UnlearnConfig
 from vkd_framework.saliency import Mask
+from vkd_framework.simulated_attack import SimulatedAttacker
 from vkd_framework.types import ImageQuestionPair, Splits
 from vkd_framework.unlearn import History, active_parameters, phase_at, rate_factor, retain_batches, unlearn
 
@@ -112,7 +113,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
 
 
 def test_forget_terms_and_attacker_take_turns_with_twice_their_weight(
-    tiny: MLLM, splits: Splits, tmp_path: Path
+    tiny: MLLM, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attack = {"weight": 1.0, "head_start": 0, "batch_size": 4}
     settings = {"steps": 5, "warmup": 0, "forget_batch": 4, "retain_batch": 4, "cosine_share": 0.0}
@@ -121,6 +122,18 @@ def test_forget_terms_and_attacker_take_turns_with_twice_their_weight(
     assert ["forget_output" in entry for entry in history] == [True, False, True, False, True]
     assert ["attacked" in entry for entry in history] == [False, True, False, True, False]
     assert all("retain_output" in entry for entry in history)
+    weighed: list[float] = []
+    add = SimulatedAttacker.add_gradient
+
+    def noted(self: SimulatedAttacker, step: int, weight: float) -> float:
+        weighed.append(weight)
+        return add(self, step, weight)
+
+    monkeypatch.setattr(SimulatedAttacker, "add_gradient", noted)
+    strong = {**settings, "phases": [{"share": 1.0, "forget": 0.1}]}
+    unlearned(tiny.copy(), splits, make_recipe(unlearn=strong, simulated_attack=attack | {"turns": True}), tmp_path)
+    assert weighed == pytest.approx([0.2, 0.2])
+    monkeypatch.undo()
 
     def after(steps: int, strength: float, **attacker: Any) -> dict[str, torch.Tensor]:
         mllm = tiny.copy()
@@ -266,9 +279,21 @@ def test_of_the_pairs_that_attract_holds_only_a_share_is_asked_and_all_others_ar
     assert quarter["retain_output"] == pytest.approx(chosen["retain_output"], rel=1e-5)
     assert quarter["attract"] == pytest.approx(all_seen["attract"], rel=1e-5)
     assert loss == pytest.approx(quarter["retain_output"] + quarter["attract"], rel=1e-5)
-    _, few = terms(0.01, pairs)
-    assert few["retain_output"] == pytest.approx(terms(1, about_forgotten)[1]["retain_output"], rel=1e-5)
-    assert set(terms(0.01, about_others)[1]) == {"attract"}
+    fewest, one = terms(0.01, about_others)[1], terms(1, about_others[:1])[1]
+    assert fewest["retain_output"] == pytest.approx(one["retain_output"], rel=1e-5)
+
+
+def test_attract_alone_asks_nobody_and_passes_over_what_it_does_not_hold(student: MLLM, splits: Splits) -> None:
+    text = splits.columns["retain_qa"][0]
+    about_others = [pair for pair in splits.retain if pair.subject not in splits.forget_subjects][:2]
+    losses = {"retain_output": {"weight": 0, "share": 0.25}}
+    objective = Objective(student, make_recipe(losses=losses), splits)
+    for parameter in student.parameters(["encoder"]).values():
+        parameter.data.mul_(1.1)
+    mixed, alone = objective.retain([text, *about_others])[1], objective.retain(about_others)[1]
+    assert set(mixed) == {"attract"}
+    assert mixed["attract"] == pytest.approx(alone["attract"], rel=1e-5)
+    assert objective.retain([text])[1] == {}
 
 
 def test_where_attract_is_off_every_retain_pair_is_asked(student: MLLM, splits: Splits) -> None:

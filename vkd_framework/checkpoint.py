@@ -157,5 +157,8 @@ def load_training(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
+    fused = [group["fused"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, same in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = same  # a state of an older version says otherwise
     return int(state["step"]), list(state["history"])

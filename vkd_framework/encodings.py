@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from PIL import Image
+
 from vkd_framework.types import EncodedBatch, ImageQuestionPair, Photo
 
 if TYPE_CHECKING:
@@ -105,6 +107,10 @@ class Encodings:
                 return None
             for (key, pair), part in zip(asked.items(), parts, strict=True):
                 found[key] = part
+                if any(
+                    isinstance(photo.source, Image.Image) for photo in pair.photos
+                ):  # its key would hold the picture
+                    continue
                 self._keep(self._tokens, key, part[0])
                 if pair.photos:
                     self._keep(self._photos, pair.photos, part[1])
@@ -117,7 +123,10 @@ class Encodings:
 
     def _keep(self, shelf: Shelf[K], key: K, tensors: Tensors) -> None:
         if shelf.bytes_on_disk < self._disk_limit:
-            shelf[key] = tensors
+            try:
+                shelf[key] = tensors
+            except OSError:  # a full disk: nothing is lost but time
+                self._disk_limit = 0
 
 
 def fingerprint(processor: ProcessorMixin) -> str | None:

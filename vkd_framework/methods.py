@@ -74,7 +74,6 @@ METHODS: dict[str, Method] = {
                 "cap": 12.0,
                 "scopes": ["visual", "full", "full"],
                 "rank": 8,
-                "turns": True,
                 "horizon": [10, 30],
                 "head_start": 3,
                 "learning_rate": 3e-4,

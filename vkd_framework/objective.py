@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -100,34 +101,32 @@ class Objective:
         if not (self._retain_output.weight or self._retain_kl.weight or self._attract.weight):
             return torch.zeros((), device=self._mllm.device), {}
         whole, terms = torch.zeros((), device=self._mllm.device), dict[str, float]()
-        asked, unasked = self._asked(pairs)
-        held = sum(_shown(pairs, self._compared(pairs)))
+        shown = _shown(pairs, [not self._splits.shows_forgotten(pair) for pair in pairs])
+        asked = self._asked(shown)
+        unasked = [holds and not wanted for holds, wanted in zip(shown, asked, strict=True)]
         for group, of_part in ((asked, self._retain_part), (unasked, self._attract_part)):
-            if not group:
+            chosen, held = list(compress(pairs, group)), list(compress(shown, group))
+            if not chosen:
                 continue
-            share, compared = ranks.share(group), self._compared(group)
+            share = ranks.share(chosen)
             tokens = 0 if self._vanilla is None else int(_answers(self._mllm.tokenize(share)).sum())
-            weigh = _Weights(group, compared, tokens, of_held=sum(_shown(group, compared)) / max(held, 1))
-            loss, found = self._in_parts(share, ranks.share(compared), weigh, of_part, down)
+            weigh = _Weights(chosen, held, tokens, all_shown=sum(shown))
+            loss, found = self._in_parts(share, ranks.share(held), weigh, of_part, down)
             whole = whole + loss
             for name, value in found.items():
                 terms[name] = terms[name] + value if name in terms else value
         return whole, terms
 
-    def _compared(self, pairs: Sequence[ImageQuestionPair]) -> list[bool]:
-        """Which pairs of the retain set attract holds, if they have a photo."""
-        return [not self._splits.shows_forgotten(pair) for pair in pairs]
-
-    def _asked(self, pairs: Sequence[ImageQuestionPair]) -> tuple[list[ImageQuestionPair], list[ImageQuestionPair]]:
-        """The pairs of a retain batch that are asked, and the others; the choice is spread over the batch."""
-        shown = _shown(pairs, self._compared(pairs)) if self._attract.weight else []
+    def _asked(self, shown: Sequence[bool]) -> list[bool]:
+        """Which pairs of a retain batch are asked: some of the `shown`, which attract holds, and all others."""
+        if not (self._retain_output.weight or self._retain_kl.weight):
+            return [False] * len(shown)
+        if not self._attract.weight:
+            return [True] * len(shown)
         held = [index for index, holds in enumerate(shown) if holds]
-        count = round(self._retain_output.share * len(held))
-        unasked = set(held) - {held[place * len(held) // count] for place in range(count)}
-        return (
-            [pair for index, pair in enumerate(pairs) if index not in unasked],
-            [pair for index, pair in enumerate(pairs) if index in unasked],
-        )
+        count = self._retain_output.asked_of(len(held))
+        chosen = {held[place * len(held) // count] for place in range(count)}
+        return [index in chosen or not holds for index, holds in enumerate(shown)]
 
     def _in_parts(
         self,
@@ -255,16 +254,20 @@ class Objective:
 class _Weights:
     """What the means over a part of this process's share weigh among those over the whole batch of all processes.
 
-    `of_held`: the share of all pairs that are compared with the teacher which is among `pairs`.
+    `all_shown`: how many are compared with the teacher, where `pairs` are not the whole batch.
     """
 
     def __init__(
-        self, pairs: Sequence[ImageQuestionPair], compared: Sequence[bool], tokens: int = 0, of_held: float = 1.0
+        self,
+        pairs: Sequence[ImageQuestionPair],
+        compared: Sequence[bool],
+        tokens: int = 0,
+        all_shown: int | None = None,
     ) -> None:
-        share = ranks.share(pairs)
+        share, shown = ranks.share(pairs), _shown(pairs, compared)
         self._share, self._shown, self._tokens = len(share), sum(_shown(share, ranks.share(compared))), tokens
         self._of_pairs = ranks.weight([True] * len(pairs))
-        self._of_compared = of_held * ranks.weight(_shown(pairs, compared))
+        self._of_compared = sum(ranks.part(shown)) / max(1, sum(shown) if all_shown is None else all_shown)
         self._of_tokens = ranks.weight_of(tokens, pairs) if tokens else 0.0
 
     def pairs(self, part: Sequence[ImageQuestionPair]) -> float:

@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 
 
 def two_steps(one: Prepared, size: Size) -> tuple[float, float]:
-    """Seconds of a step, processor and wall: the mean of two, as terms take turns, after two that do not count."""
+    """Seconds of a step, processor and wall: the mean of two, as terms may take turns, after two that do not count."""
     one.step(0)
     one.step(1)
     watch = Stopwatch(size.device)

@@ -37,7 +37,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vkd_attacker_full": ("vkd", ("simulated_attack.scopes=[full]",)),
     "vkd_attacker_visual": ("vkd", ("simulated_attack.scopes=[visual]",)),
     "vkd_attacker_every_weight": ("vkd", ("simulated_attack.scopes=[full]", "simulated_attack.rank=null")),
-    "vkd_all_asked_without_turns": ("vkd", ("simulated_attack.turns=false", "losses.retain_output.share=1")),
+    "vkd_in_turns": ("vkd", ("simulated_attack.turns=true",)),
+    "vkd_all_asked": ("vkd", ("losses.retain_output.share=1",)),
     "vkd_without_attacker": ("vkd", (ALONE,)),
     "vkd_output_terms_only": ("vkd", (ALONE, OUTPUT_ONLY)),
     "vkd_feature_terms_only": (
@@ -161,16 +162,15 @@ def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> 
         held = torch.optim.Adam(attackers.values(), lr=recipe.simulated_attack.learning_rate)
         students = trainable(mllm, recipe.train)
 
-    def step(index: int) -> None:
+    def step(_: int) -> None:
         optimizer.zero_grad()
-        if held is None or index % 2 == 0:
-            torch.autograd.backward(-cross_entropy(mllm, forget))
-        else:
+        if held is not None:
             held.zero_grad()
             torch.autograd.backward(cross_entropy(attacked, forget))
             for name, parameter in students.items():
                 parameter.grad = None if attackers[name].grad is None else -attackers[name].grad
             held.step()
+        torch.autograd.backward(-cross_entropy(mllm, forget))
         for look, teacher in zip(retain, teachers, strict=True):
             loss = seen(look)
             apart = [(f - t).square().sum() / t.square().sum() for f, t in zip(features, teacher, strict=True)]

@@ -112,7 +112,7 @@ def read_file(file: Path) -> list[Record]:
         entries = read_json(file)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file}: cannot be read ({on_one_line(error)})") from None
-    if not isinstance(entries, list) or not all(map(_are_metrics, entries)):
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         raise RecipeError(
             f"{file}: is no list of runs; give a file that `vkd bench --json` or `vkd compare --json` wrote"
         )
@@ -141,6 +141,16 @@ def find(places: Iterable[Path]) -> list[Record]:
 
 def _are_metrics(found: object) -> bool:
     return isinstance(found, dict) and isinstance(found.get("models"), dict) and "method" in found
+
+
+def _is_entry(found: object) -> bool:
+    return (
+        isinstance(found, dict)
+        and _are_metrics(found)
+        and isinstance(found.get("recipe"), str)
+        and isinstance(found.get("seed"), int)
+        and isinstance(found.get(SETTINGS, {}), dict)
+    )
 
 
 def gather(records: Sequence[Record], order: Sequence[str] = ()) -> list[Group]:

@@ -23,7 +23,7 @@ def text(found: Estimate, *, limit: float | None = None, changes: Sequence[Chang
                 sum(getattr(part, name) for part in parts) for name in ("forward", "activations", "weights")
             )
             lines.append(
-                f"         {each.what:<17}{each.pairs:>4} pairs: {count(there, 'FLOP')} forward + "
+                f"         {each.what:<20}{each.pairs:>4} pairs: {count(there, 'FLOP')} forward + "
                 f"{count(back, 'FLOP')} back + {count(weights, 'FLOP')} for weights"
                 f"{f', {each.times:.0%} of the steps' if each.times < 1 else ''}"
             )

@@ -147,7 +147,7 @@ def _asked(recipe: Recipe) -> int:
         return config.retain_batch
     shares = config.retain_shares or {"others": 1.0}
     held = round(config.retain_batch * (1 - shares.get("forgotten", 0.0) / sum(shares.values())))
-    return config.retain_batch - held + round(terms.retain_output.share * held)
+    return config.retain_batch - held + terms.retain_output.asked_of(held)
 
 
 def flops(size: Sizes, tokens: Tokens, each: Pass) -> dict[Part, Flops]:

@@ -55,6 +55,10 @@ class RetainOutputTerm(OutputTerm):
         "always are",
     )
 
+    def asked_of(self, held: int) -> int:
+        """How many of a batch's pairs that attract holds are asked: at least one, if there are any."""
+        return min(held, max(1, round(self.share * held)))
+
 
 class RetainKlTerm(OutputTerm):
     """Distance of the answer tokens' distribution from the starting model's, on the retain set."""
