@@ -55,7 +55,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     total = sum(count.values())
     held = [_weights(recipe, total, size, each)]
     if process:
-        encoded = min(encodings.LIMIT, tokens.photos * tokens.pixels * 4)
+        encoded = min(encodings.LIMIT // 2, tokens.photos * tokens.pixels * 4)
         held += [Line("the program", process, "before anything is loaded"), Line("encoded photos", encoded, "kept")]
 
     def trained(parts: Sequence[Part]) -> int:
