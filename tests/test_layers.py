@@ -19,7 +19,7 @@ MODULES = {
 
 FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods", "intervals"),
-    ("checkpoint", "progress", "ranks", "tiny", "recipe", "generic", "encodings", "plugins"),
+    ("checkpoint", "progress", "ranks", "tiny", "recipe", "generic", "shelf", "encodings", "plugins"),
     (
         "data",
         "batches",
@@ -33,7 +33,6 @@ FLOORS = (
         "losses",
         "output",
         "gradients",
-        "shelf",
         "saliency",
         "pruning",
     ),
