@@ -115,7 +115,9 @@ def test_the_folder_holds_the_comparison_in_every_format(bench: Bench, tmp_path:
     ]
     for one, cell in zip(found, CELLS, strict=True):
         metrics = read_json(bench.out / cell / "metrics.json")
-        keys = ("recipe", "method", "seed", "models", "relearn", "cost", "attacks", "over_forgotten")
+        keys = ("recipe", "method", "seed", "models", "relearn", "cost", "attacks", "over_forgotten", "proofs", "verdict")
+        settings = one.pop("settings")
+        assert settings["mask.pairs"] == "4"
         assert one == {key: metrics[key] for key in keys if key in metrics}
     command = re.findall(r"^```\n(vkd bench .*)\n```$", (bench.out / "table.md").read_text(), flags=re.MULTILINE)
     assert shlex.split(command[0]) == ["vkd", *words(bench.recipe, bench.out)[:-2]], (
