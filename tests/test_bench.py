@@ -231,6 +231,15 @@ def test_the_json_file_of_a_comparison_is_compared_again_together_with_other_run
         gather(find([file, folders[0]]))
 
 
+def test_a_method_that_promises_nothing_about_text_is_not_left_out_when_it_comes_from_a_file(tmp_path: Path) -> None:
+    found = {"text_only_max_logit_difference": 2.0, "frozen_parameters_identical": True, "reload_identical": True}
+    metrics = made("ga_diff", proofs=found) | {"train": ["encoder", "projector", "language_model"]}
+    write_json(tmp_path / "run" / "metrics.json", metrics)
+    (tmp_path / "file.json").write_text(export.json_text(find([tmp_path / "run"])))
+    (record,) = find([tmp_path / "file.json"])
+    assert record.failed_proofs == ()
+
+
 @pytest.mark.parametrize(
     "text",
     ["[1]", "{}", '[{"method": "vkd"}]', '[{"method": "vkd", "models": {}, "recipe": "r", "seed": null}]', "no JSON"],

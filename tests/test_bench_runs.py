@@ -115,7 +115,8 @@ def test_the_folder_holds_the_comparison_in_every_format(bench: Bench, tmp_path:
     ]
     for one, cell in zip(found, CELLS, strict=True):
         metrics = read_json(bench.out / cell / "metrics.json")
-        keys = ("recipe", "method", "seed", "models", "relearn", "cost", "attacks", "over_forgotten", "proofs", "verdict")
+        keys = ("recipe", "method", "seed", "models", "relearn", "cost", "train")
+        keys += ("attacks", "over_forgotten", "proofs", "verdict")
         settings = one.pop("settings")
         assert settings["mask.pairs"] == "4"
         assert one == {key: metrics[key] for key in keys if key in metrics}

@@ -22,7 +22,7 @@ from vkd_framework.report.formatting import flatten
 METRICS = "metrics.json"
 SHARED_KEYS = ("recipe", "method", "seed", "models", "relearn", "cost")
 """What of `metrics.json` goes into the JSON file of a comparison."""
-WHERE_MEASURED = ("attacks", "over_forgotten", "proofs", "verdict")
+WHERE_KNOWN = ("train", "attacks", "over_forgotten", "proofs", "verdict")
 """What goes there too where the run has it."""
 SETTINGS = "settings"
 """And the settings, under this key, so that the file can be compared again."""
@@ -62,7 +62,7 @@ class Record:
 
     def shared(self) -> dict[str, Any]:
         """The run as an entry of the JSON file."""
-        further = {key: self.metrics[key] for key in WHERE_MEASURED if key in self.metrics}
+        further = {key: self.metrics[key] for key in WHERE_KNOWN if key in self.metrics}
         return {key: self.metrics.get(key) for key in SHARED_KEYS} | further | {SETTINGS: dict(self.settings)}
 
 
