@@ -151,7 +151,7 @@ def test_without_a_check_or_a_photo_the_model_is_not_even_asked(tiny: MLLM, spli
 
 def test_our_method_has_a_floor_and_published_ones_have_none() -> None:
     floors = {name: load_recipe("qwen2vl_celeb", [f"method={name}"]).unlearn.retain_floor for name in METHODS}
-    assert floors == dict.fromkeys(METHODS, None) | {"vkd": 0.9}
+    assert floors == dict.fromkeys(METHODS, None) | {"vkd": 0.8}
 
 
 def test_the_floor_is_a_share_above_zero() -> None:

@@ -192,7 +192,7 @@ def test_the_verdict_comes_first_wherever_a_run_is_told(finished: Finished) -> N
     assert found == {**asdict(verdict(metrics)), "reasons": found["reasons"]}
     assert metrics["text_only"]["changed"] == 0.0
     assert all(0 <= metrics["degenerate"][model] <= 1 for model in ("vanilla", "unlearned"))
-    assert metrics["retain_floor"] == {"floor": 0.9, "steps_below": 0, "steps": 6}
+    assert metrics["retain_floor"] == {"floor": 0.8, "steps_below": 0, "steps": 6}
     sentence = escape(found["sentence"])
     for path in ("report.md", "model/README.md"):
         lines = [line for line in (finished.folder / path).read_text().splitlines() if line]

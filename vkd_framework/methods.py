@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
             "mask": {"kind": "none"},
             "unlearn": {
                 "phases": [{"share": 0.4, "forget": 0.3}, {"share": 0.6, "forget": 0.1}],
-                "retain_floor": 0.9,
+                "retain_floor": 0.8,
             },
             "simulated_attack": {
                 "weight": 1.0,
