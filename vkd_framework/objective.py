@@ -234,7 +234,7 @@ class Objective:
         for layer in term.layers:
             student = found[layer]
             rows = self._maps[layer](student.rows, learning=term.learning) if term.mapped else student.rows
-            teacher = term.teacher.rows(layer, pairs).to(rows.device)
+            teacher = term.teacher.rows(layer, pairs, rows.device)
             per_layer.append(term.distance(rows, teacher, student.sample, len(pairs))[chosen])
         return torch.stack(per_layer)
 

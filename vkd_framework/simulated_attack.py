@@ -21,7 +21,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +94,7 @@ class SimulatedAttacker:
         pairs = self.batches.batch(self._made)
         share = ranks.weight([True] * len(pairs))
         batch = self._mllm.tokenize(ranks.share(pairs))
-        student = {name: self._attacked(name, parameter) for name, parameter in self._student.items()}
+        student = self._attacked()
         with self._added.added() if self._added else nullcontext():
             logits = answer_logits(self._mllm.model, batch.inputs, batch.content, {**self._own, **student})
         cross_entropy = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
@@ -108,8 +107,15 @@ class SimulatedAttacker:
             counts = False
         self._made += 1
         t = self._made
-        waiting: dict[str, Tensor] = {}  # of several processes, until the others' gradients are added
-        use = partial(self._move, t) if ranks.size() == 1 else waiting.__setitem__
+        waiting: dict[str, Tensor] = {}
+
+        def use(name: str, g: Tensor) -> None:
+            """A large gradient is used at once and dropped; of several processes, others' are to be added first."""
+            if name in self._own and ranks.size() == 1:
+                self._move(t, {name: g})
+            else:
+                waiting[name] = g
+
         with as_gradients_come(self._leaves, use):
             if reached:
                 inputs = [*self._leaves.values(), *student.values()]
@@ -118,8 +124,7 @@ class SimulatedAttacker:
         if counts:
             self._push(downward, weight)
         waiting |= {name: g for name, g in downward.items() if name in self._delta}
-        for name, g in ranks.add(waiting, {**self._delta, **self._leaves}).items():
-            self._move(t, name, g)
+        self._move(t, ranks.add(waiting, {**self._delta, **self._leaves}))
         return float(share * cross_entropy.detach().mean())
 
     def _start(self, step: int) -> None:
@@ -147,29 +152,40 @@ class SimulatedAttacker:
         held = {**self._delta, **self._leaves}
         self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in held.items()}
 
-    def _attacked(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """A trained parameter as the attacker has it, as a leaf of its own."""
-        moved = parameter.detach()
-        return (moved + self._delta[name] if name in self._delta else moved).requires_grad_()
-
-    def _push(self, downward: Mapping[str, Tensor], weight: float) -> None:
-        """Add `-weight` times a gradient of the attacker's to the student's."""
-        for name, g in downward.items():
-            parameter = self._student[name]
-            if parameter.grad is None:
-                parameter.grad = -weight * g
-            else:
-                parameter.grad.add_(g, alpha=-weight)
+    def _attacked(self) -> dict[str, Tensor]:
+        """The trained parameters as the attacker has them, each a leaf of its own."""
+        found = {name: parameter.detach() for name, parameter in self._student.items()}
+        if self._delta:
+            moved = torch._foreach_add([found[name] for name in self._delta], list(self._delta.values()))
+            found |= dict(zip(self._delta, moved, strict=True))
+        return {name: weights.requires_grad_() for name, weights in found.items()}
 
     @torch.no_grad()
-    def _move(self, t: int, name: str, g: Tensor) -> None:
-        """One parameter's part in the attacker's Adam step number `t`."""
-        mean, square = self._moments[name]
-        mean.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
-        square.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-        step_size = self._config.learning_rate / (1 - BETAS[0] ** t)
-        moved = self._delta[name] if name in self._delta else self._leaves[name]
-        moved.addcdiv_(mean, (square / (1 - BETAS[1] ** t)).sqrt_().add_(EPSILON), value=-step_size)
+    def _push(self, downward: Mapping[str, Tensor], weight: float) -> None:
+        """Add `-weight` times a gradient of the attacker's to the student's."""
+        met = {name: g for name, parameter in self._student.items() if (g := parameter.grad) is not None}
+        both = [name for name in downward if name in met]
+        if both:
+            torch._foreach_add_([met[name] for name in both], [downward[name] for name in both], alpha=-weight)
+        for name in downward.keys() - met.keys():
+            self._student[name].grad = -weight * downward[name]
+
+    @torch.no_grad()
+    def _move(self, t: int, gradients: Mapping[str, Tensor]) -> None:
+        """The attacker's Adam step number `t` for the parameters that have a gradient, of all in a few calls."""
+        if not gradients:
+            return
+        g = list(gradients.values())
+        means, squares = (list(moments) for moments in zip(*map(self._moments.__getitem__, gradients), strict=True))
+        torch._foreach_mul_(means, BETAS[0])
+        torch._foreach_add_(means, g, alpha=1 - BETAS[0])
+        torch._foreach_mul_(squares, BETAS[1])
+        torch._foreach_addcmul_(squares, g, g, value=1 - BETAS[1])
+        lengths = torch._foreach_div(squares, 1 - BETAS[1] ** t)
+        torch._foreach_sqrt_(lengths)
+        torch._foreach_add_(lengths, EPSILON)
+        moved = [self._delta[name] if name in self._delta else self._leaves[name] for name in gradients]
+        torch._foreach_addcdiv_(moved, means, lengths, value=-self._config.learning_rate / (1 - BETAS[0] ** t))
 
 
 def _gradient(loss: Tensor, at: Mapping[str, Tensor]) -> dict[str, Tensor]:

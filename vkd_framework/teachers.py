@@ -35,9 +35,10 @@ class Teacher:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
 
-    def rows(self, layer: str, pairs: Iterable[ImageQuestionPair]) -> Tensor:
+    def rows(self, layer: str, pairs: Iterable[ImageQuestionPair], device: torch.device | None = None) -> Tensor:
         """`[R, D]`: the features of the pairs' photos, in the order of `photo_features`; text-only pairs have none."""
-        return torch.cat([self._memory[pair.photo_keys][layer] for pair in pairs if pair.photos])
+        photos = (self._memory[pair.photo_keys][layer] for pair in pairs if pair.photos)
+        return torch.cat([rows.to(device or rows.device, non_blocking=True) for rows in photos])
 
     @property
     def bytes(self) -> int:

@@ -15,7 +15,7 @@ from vkd_framework.types import DistillationLayer, EncodedBatch, ImageQuestionPa
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, ProcessorMixin
 
     from vkd_framework.plugins.adapter import Adapter
@@ -99,10 +99,14 @@ class MLLM(Anatomy):
     def tokenize(
         self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right"
     ) -> EncodedBatch:
-        """Encode pairs and move them to the model's device."""
+        """Encode pairs and move them to the model's device, which is not waited for."""
         batch = self._encodings.batch(pairs, with_answer, padding_side)
-        inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
-        return EncodedBatch(inputs, batch.labels.to(self.device), batch.content.to(self.device))
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        inputs = {name: moved(value) for name, value in batch.inputs.items()}
+        return EncodedBatch(inputs, moved(batch.labels), moved(batch.content))
 
     @cached_property
     def _encodings(self) -> Encodings:
