@@ -13,7 +13,8 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from costs import lines, masks, memory
+from costs import lines, masks, memory, pieces
 from costs.models import FAMILIES, SIZES, Size, build, recipe_of, splits_of, warm_up
-from costs.steps import FLOOR_OF, FLOORS, VARIANTS, prepared
+from costs.steps import FLOOR_OF, FLOORS, VARIANTS, Prepared, prepared
 
 from vkd_framework.checkpoint import write_json
+from vkd_framework.estimate import devices, estimate
+from vkd_framework.estimate.known import tokens_of
+from vkd_framework.estimate.work import sizes
 from vkd_framework.machine import environment
 from vkd_framework.plugins import MLLM
 from vkd_framework.types import PARTS, Splits
 
-PARTS_OF_RUN = ("steps", "mask", "throughput", "lines", "start_up")
+PARTS_OF_RUN = ("steps", "mask", "pieces", "throughput", "lines", "start_up")
 REPEATS = {"tiny": 7, "120m": 3, "8b": 7}
+PIECES_OF = ("vkd_attacker_full", "vkd_attacker_visual")
 Figures = dict[str, Any]
 
 
@@ -39,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what was asked for, print the tables and write the JSON file."""
     options = _options(arguments)
     size = SIZES[options.size]
+    if forget := options.forget_batch:
+        size = replace(size, forget_batch=forget, retain_batch=3 * forget)
     if size.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"cost.py: --size {options.size} needs a GPU, and torch sees none; take --size 120m")
     if options.fresh:
@@ -54,30 +61,40 @@ def main(arguments: list[str] | None = None) -> None:
         "repeats": options.repeats,
         "environment": environment(size.device),
     }
-    # Memory comes first: on a GPU this process may hold no model while another is measured.
-    held = _memory(options) if {"steps", "mask", "lines"} & set(options.parts) else {}
+    for name, figures in _parts(options, size):
+        found[name] = figures
+        if options.json:
+            write_json(options.json, found)
+    print(table(found))
+
+
+def _parts(options: argparse.Namespace, size: Size) -> Iterator[tuple[str, Any]]:
+    """Name and figures of each part that was asked for, as soon as they are known."""
+    held = _in_fresh_processes(options, size)
     if set(options.parts) - {"start_up"}:
         splits = splits_of(size)
         mllm = build(options.family, size, splits)
-        found["parameters"] = {part: mllm.count([part]) for part in PARTS}
-        found["tokens"] = int(mllm.tokenize(splits.forget[:1]).inputs["input_ids"].shape[1])
+        yield "parameters", {part: mllm.count([part]) for part in PARTS}
+        yield "tokens", int(mllm.tokenize(splits.forget[:1]).inputs["input_ids"].shape[1])
         if "steps" in options.parts:
-            found["methods"] = _methods(options, size, mllm, splits, held)
+            yield "methods", _methods(options, size, mllm, splits, held)
         if "mask" in options.parts:
-            found["mask"] = _masks(options, size, mllm, splits, held)
+            yield "mask", _masks(options, size, mllm, splits, held)
+        if "pieces" in options.parts:
+            yield "pieces", {name: pieces.seconds(name, mllm, options.family, size, splits) for name in PIECES_OF}
         if "throughput" in options.parts:
-            found["throughput"] = lines.throughput(mllm, options.family, size, splits)
+            yield "throughput", lines.throughput(mllm, options.family, size, splits)
         if "lines" in options.parts:
-            found["lines"] = {
-                "steps": lines.in_steps(mllm, options.family, size, splits),
-                "pairs": lines.in_pairs(mllm, options.family, size, splits),
-                "people": held["people"],
-            }
+            yield (
+                "lines",
+                {
+                    "steps": lines.in_steps(mllm, options.family, size, splits),
+                    "pairs": lines.in_pairs(mllm, options.family, size, splits),
+                    "people": held["people"],
+                },
+            )
     if "start_up" in options.parts:
-        found["start_up_seconds"] = lines.start_up()
-    print(table(found))
-    if options.json:
-        write_json(options.json, found)
+        yield "start_up_seconds", lines.start_up()
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -85,7 +102,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), required=True, help="8b needs a GPU")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen_vl", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written")
-    parser.add_argument("--repeats", type=int, help="steps of each method that are timed")
+    parser.add_argument("--repeats", type=int, help="rounds in which two steps of each method are timed")
+    parser.add_argument(
+        "--forget-batch", type=int, metavar="N", help="forget pairs of a step; the retain pairs are three times as many"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS_OF_RUN, default=list(PARTS_OF_RUN), help="default: all")
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
     parser.add_argument("--fresh", nargs=2, help=argparse.SUPPRESS)
@@ -94,18 +114,18 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _memory(options: argparse.Namespace) -> Figures:
-    """What fresh processes measured, one for each figure."""
-    base = ["--size", options.size, "--family", options.family]
+def _in_fresh_processes(options: argparse.Namespace, size: Size) -> Figures:
+    """What fresh processes measured, each one figure; a GPU's allocator tells, so there only what differs in data."""
+    base = ["--size", options.size, "--family", options.family, "--forget-batch", str(size.forget_batch)]
 
     def fresh(kind: str, name: str) -> Any:
         print(f"memory of {name}", file=sys.stderr)
         return memory.in_fresh_process([*base, "--fresh", kind, name])
 
-    found: Figures = {}
-    if "steps" in options.parts:
+    found: Figures = {"step": {}, "mask": {}}
+    if size.device != "cuda" and "steps" in options.parts:
         found["step"] = {name: fresh("step", name) for name in _asked(options)}
-    if "mask" in options.parts:
+    if size.device != "cuda" and "mask" in options.parts:
         found["mask"] = {name: fresh("mask", name) for name in masks.PROCEDURES}
     if "lines" in options.parts:
         found["people"] = [fresh("people", str(factor)) for factor in lines.CASTS]
@@ -120,24 +140,26 @@ def _asked(options: argparse.Namespace) -> list[str]:
 def _fresh(options: argparse.Namespace, size: Size) -> Figures:
     """One figure of this process, which does nothing else."""
     kind, name = options.fresh
-    if kind == "people":
-        warm_up(options.family, size, splits_of(size))
-        peak = memory.Peak(size.device)
-        return {**lines.with_people(options.family, options.size, int(name)), "peak_memory_bytes": peak.bytes()}
     splits = splits_of(size)
     warm_up(options.family, size, splits)
     peak = memory.Peak(size.device)
+    if kind == "people":
+        return {**lines.with_people(options.family, size, int(name)), "peak_memory_bytes": peak.bytes()}
     mllm = build(options.family, size, splits)
-    model = sum(p.numel() * p.element_size() for p in mllm.model.parameters())
     if kind == "mask":
         file_bytes = masks.file_bytes(name, mllm, options.family, size, splits)
-        return {"file_bytes": file_bytes, "peak_memory_bytes": peak.bytes(), "model_bytes": model}
+        return {"file_bytes": file_bytes, "peak_memory_bytes": peak.bytes(), "model_bytes": _weights(mllm)}
     one = prepared(name, mllm, options.family, size, splits)
     for step in range(2):
         one.step(step)
+    return _held_by_step(one, peak, mllm)
+
+
+def _held_by_step(one: Prepared, peak: memory.Peak, mllm: MLLM) -> Figures:
+    """What steps that were made hold."""
     return {
         "peak_memory_bytes": peak.bytes(),
-        "model_bytes": model,
+        "model_bytes": _weights(mllm),
         "trained_parameters": one.trained,
         "optimizer_bytes": one.optimizer_bytes(),
         "attacker_bytes": one.attacker_bytes(),
@@ -145,17 +167,26 @@ def _fresh(options: argparse.Namespace, size: Size) -> Figures:
     }
 
 
+def _weights(mllm: MLLM) -> int:
+    return sum(p.numel() * p.element_size() for p in mllm.model.parameters())
+
+
 def _methods(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits, held: Figures) -> Figures:
     """Name -> figures; every round times two steps of each, which differ where forget terms and attacker take turns."""
     counted: dict[str, list[float]] = {name: [] for name in _asked(options)}
     wall: dict[str, list[float]] = {name: [] for name in counted}
-    for turn in range(options.repeats):
-        print(f"steps: round {turn + 1} of {options.repeats}", file=sys.stderr)
+    unheard = size.device == "cuda"  # the first round on a GPU chooses kernels and fills the allocator
+    for turn in range(options.repeats + unheard):
+        print(f"steps: round {turn + 1} of {options.repeats + unheard}", file=sys.stderr)
         for name in counted:
+            peak = None if name in held["step"] else memory.Peak(size.device, already=_weights(mllm))
             one = prepared(name, mllm, options.family, size, splits)
             cpu, waited = lines.two_steps(one, size)
-            counted[name].append(cpu)
-            wall[name].append(waited)
+            if turn >= unheard:
+                counted[name].append(cpu)
+                wall[name].append(waited)
+            if peak is not None:
+                held["step"][name] = _held_by_step(one, peak, mllm)
             del one
             mllm.model.zero_grad()
     found: Figures = {}
@@ -166,6 +197,7 @@ def _methods(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits
             "seconds_of_each_round": seconds,
             "wall_seconds_per_step": statistics.median(wall[name]),
             **held["step"][name],
+            "estimated": _estimated(name, mllm, options.family, size, splits),
         }
     scopes = recipe_of(options.family, size, "vkd").simulated_attack.scopes
     if all(f"vkd_attacker_{scope}" in found for scope in scopes):
@@ -178,6 +210,18 @@ def _methods(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits
         figures["floor"] = FLOOR_OF.get(name, floor)
         figures["ratio_to_floor"] = _ratio(figures, found[figures["floor"]]) if figures["floor"] else None
     return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("vkd"), item[0])))
+
+
+def _estimated(name: str, mllm: MLLM, family: str, size: Size, splits: Splits) -> Figures | None:
+    """What `vkd run --dry-run` says of the step, before anything is measured; None for a floor."""
+    if name not in VARIANTS:
+        return None
+    method, overrides = VARIANTS[name]
+    rate = devices.measured(size.device, size.dtype, sizes(mllm).hidden)
+    tokens = tokens_of(splits, mllm, mllm.processor)
+    found = estimate(recipe_of(family, size, method, *overrides), mllm, tokens, rate)
+    stage = next(stage for stage in found.stages if stage.name == "unlearn")
+    return {"seconds_per_step": found.step_seconds, "peak_memory_bytes": stage.bytes}
 
 
 def _mixed(drawn: list[Figures]) -> Figures:
@@ -203,10 +247,17 @@ def _masks(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits, 
     for turn in range(options.repeats):
         print(f"masks: round {turn + 1} of {options.repeats}", file=sys.stderr)
         for name in masks.PROCEDURES:
+            peak = None if name in held["mask"] else memory.Peak(size.device, already=_weights(mllm))
             watch = memory.Stopwatch(size.device)
-            masks.file_bytes(name, mllm, options.family, size, splits)
+            file_bytes = masks.file_bytes(name, mllm, options.family, size, splits)
             seconds[name].append(watch.seconds()[0])
             mllm.model.zero_grad()
+            if peak is not None:
+                held["mask"][name] = {
+                    "file_bytes": file_bytes,
+                    "peak_memory_bytes": peak.bytes(),
+                    "model_bytes": _weights(mllm),
+                }
     both = {
         name: {
             "seconds": statistics.median(seconds[name]),
@@ -243,12 +294,21 @@ def table(found: Mapping[str, Any]) -> str:
             megabytes = (f"{m[key] / 1e6:.0f}" for key in ("peak_memory_bytes", "optimizer_bytes", "attacker_bytes"))
             row = (name, *shown, f"{m['seconds_per_step']:.3f}", *megabytes, f"{m['trained_parameters'] / 1e6:.1f}")
             out.append(_row(row))
+        out += ["", f"{'measured of estimated':<24}{'time':>9}{'memory':>9}"]
+        for name, m in methods.items():
+            if told := m["estimated"]:
+                shown = [f"{m[key] / told[key]:.2f}" for key in ("seconds_per_step", "peak_memory_bytes")]
+                out.append(_row((name, *shown)))
     if mask := found.get("mask"):
         ratio = mask["ratio_to_reference"]
         out += ["", "mask, of the reference's: " + ", ".join(f"{key} {value:.3f}" for key, value in ratio.items())]
         for name, m in (("ours", mask), ("reference", mask["reference"])):
             above = m["peak_memory_above_model_bytes"] / 1e6
             out.append(f"  {name:<10} {m['seconds']:.2f} s, {above:.0f} MB above the model, {m['file_bytes']:,} bytes")
+    for name, spent in found.get("pieces", {}).items():
+        whole = sum(spent.values())
+        out.append(f"\n{name}, {whole:.3f} s a step:")
+        out += [f"  {piece:<38} {value:.3f} {value / whole:>6.0%}" for piece, value in spent.items()]
     for what, rows in found.get("lines", {}).items():
         out.append(f"\n{what}: " + "; ".join(", ".join(f"{k} {_shown(v)}" for k, v in row.items()) for row in rows))
     for title in ("throughput", "start_up_seconds"):

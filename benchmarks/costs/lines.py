@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from costs.memory import Stopwatch
-from costs.models import PEOPLE, SIZES, Size, build, recipe_of, splits_of
+from costs.models import PEOPLE, Size, build, recipe_of, splits_of
 from costs.steps import Prepared, prepared
 from vkd_framework.evaluate import evaluate
 from vkd_framework.plugins import MLLM
@@ -73,9 +73,8 @@ def in_pairs(mllm: MLLM, family: str, size: Size, splits: Splits) -> list[dict[s
     return found
 
 
-def with_people(family: str, name: str, factor: int) -> dict[str, Any]:
+def with_people(family: str, size: Size, factor: int) -> dict[str, Any]:
     """Seconds of a step where the cast is `factor` times as large; for a fresh process, which then knows its peak."""
-    size = SIZES[name]
     splits = splits_of(size, casts=factor)
     one = prepared(VARIANT, build(family, size, splits), family, size, splits)
     return {"factor": factor, "people": PEOPLE * factor, "seconds_per_step": two_steps(one, size)[0]}

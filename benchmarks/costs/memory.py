@@ -23,6 +23,8 @@ from vkd_framework.machine import peak_resident_memory, resident_memory
 
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Make glibc give freed blocks back at once: what it keeps is not the method's."""
+SLACK = 2**28
+"""Bytes on a GPU that may belong to nobody: buffers, and what the libraries work in."""
 
 
 def in_fresh_process(arguments: Sequence[str]) -> Any:
@@ -37,12 +39,18 @@ def in_fresh_process(arguments: Sequence[str]) -> Any:
 
 
 class Peak:
-    """The most memory held since it was made, and how much of that a model takes."""
+    """The most memory held since it was made, and how much of that a model takes.
 
-    def __init__(self, device: str) -> None:
+    On a GPU a model may be there `already`, of so many bytes. Raises RuntimeError where there is more than it.
+    """
+
+    def __init__(self, device: str, already: int = 0) -> None:
         self._device = device
         gc.collect()
         if device == "cuda":
+            held = torch.cuda.memory_allocated() - already
+            if held > SLACK:
+                raise RuntimeError(f"{held:,} bytes are held on the GPU that do not belong to the model")
             torch.cuda.reset_peak_memory_stats()
         self._base = 0 if device == "cuda" else resident_memory()
 

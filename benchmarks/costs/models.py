@@ -45,6 +45,7 @@ FAMILIES = {
 class Size:
     """`pairs`: of each set, for a mask."""
 
+    name: str
     image_size: int
     forget_batch: int
     retain_batch: int
@@ -54,9 +55,9 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(48, 16, 48, 64),
-    "120m": Size(112, 2, 6, 8),
-    "8b": Size(192, 2, 6, 16, "bfloat16", "cuda"),
+    "tiny": Size("tiny", 48, 16, 48, 64),
+    "120m": Size("120m", 112, 2, 6, 8),
+    "8b": Size("8b", 192, 2, 6, 16, "bfloat16", "cuda"),
 }
 
 PEOPLE = 6
@@ -123,9 +124,9 @@ def build(family: str, size: Size, splits: Splits) -> MLLM:
     pairs = [pair for group in (*splits.teach.values(), *splits.columns.values()) for pair in group]
     texts = sorted({text for pair in pairs for text in (pair.question, pair.answer, *pair.options)})
     small = adapter.tiny_model(texts, size.image_size, 0)
-    if size is SIZES["tiny"]:
+    if size.name == "tiny":
         return small
-    config = _config(FAMILIES[family], adapter.presets, small.model.config, shrink=size is SIZES["120m"])
+    config = _config(FAMILIES[family], adapter.presets, small.model.config, shrink=size.name == "120m")
     torch.manual_seed(0)
     with torch.device(size.device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, size.dtype))

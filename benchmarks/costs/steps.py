@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from costs.models import Size, recipe_of
-from vkd_framework.checkpoint import save_training
 from vkd_framework.estimate.work import passes
 from vkd_framework.features import vision_forward
 from vkd_framework.plugins import MLLM, trainable
@@ -89,14 +88,15 @@ def prepared(name: str, mllm: MLLM, family: str, size: Size, splits: Splits) -> 
     stepper = Stepper(mllm, recipe, splits, mask, reference=None)
 
     def written() -> int:
-        """A run writes its mask, a training state and, at the end, the model."""
+        """A run writes its mask, what is trained with its moments, and in the end the model."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            save_training(folder / "state", 1, stepper.learned, stepper.optimizer, [])
             if mask is not None:
                 save_mask(folder / "mask", mask, {})
-            sizes = sum(path.stat().st_size for path in folder.iterdir())
-        return sizes + sum(p.numel() * p.element_size() for p in mllm.model.parameters())
+            of_mask = sum(path.stat().st_size for path in folder.iterdir())
+        trained, model = stepper.learned.values(), mllm.model.parameters()
+        weights = sum(p.numel() * p.element_size() for p in (*trained, *model))
+        return of_mask + weights + _bytes_of(stepper.optimizer)
 
     return Prepared(
         stepper.step,
