@@ -170,6 +170,9 @@ def test_memory_by_hand(tiny: MLLM) -> None:
     assert found["teacher's features"] == 7 * 4 * (36 * width + 9 * hidden)
     half = lines(make_recipe(model={"dtype": "bfloat16"}), tiny, tokens, "unlearn")
     assert half["weights"] == 2 * total
+    assert half["optimiser"] == 12 * n
+    without = make_recipe(model={"dtype": "bfloat16"}, unlearn={"master_weights": False})
+    assert lines(without, tiny, tokens, "unlearn")["optimiser"] == 4 * n
     assert "attacker's weights" not in half
     assert lines(recipe, tiny, tokens, "relearn, full")["the attacker's copy"] == 4 * total
 

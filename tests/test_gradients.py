@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from conftest import make_recipe, texts_of
 from torch import Tensor, nn
 
+from vkd_framework.checkpoint import load_training, save_training
 from vkd_framework.errors import RecipeError
 from vkd_framework.gradients import adamw, as_gradients_come, recomputed
 from vkd_framework.objective import Objective
@@ -109,3 +112,50 @@ def test_adamw_takes_the_fused_kernel_and_goes_where_torchs_own_goes() -> None:
             optimizer.step()
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
     assert (ours.detach() - torch.linspace(-1, 1, 7)).abs().max() > 0.03
+
+
+def test_steps_too_small_for_a_weight_of_lower_precision_add_up() -> None:
+    start = torch.linspace(0.5, 1, 9)
+    exact, mastered, rounded = (
+        nn.Parameter(start.to(dtype, copy=True)) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    )
+    optimizers = adamw([exact], lr=1e-4), adamw([mastered], lr=1e-4), adamw([rounded], master_weights=False, lr=1e-4)
+    for _ in range(300):
+        for parameter, optimizer in zip((exact, mastered, rounded), optimizers, strict=True):
+            parameter.grad = torch.ones(9, dtype=parameter.dtype)
+            optimizer.step()
+    assert torch.equal(rounded, start.bfloat16())
+    assert (exact - start).abs().min() > 0.02
+    assert torch.equal(mastered, optimizers[1].param_groups[0]["params"][0].bfloat16())
+    torch.testing.assert_close(mastered.float(), exact, rtol=2**-8, atol=0)
+
+
+def test_of_mixed_weights_only_those_of_lower_precision_have_a_master() -> None:
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    optimizer = adamw(parameters, lr=0.1)
+    assert optimizer.param_groups[0]["params"][0] is parameters[0]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(parameters[0], parameters[1].float(), rtol=2**-8, atol=0)
+    assert (parameters[0] < 0.95).all()
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_training_in_lower_precision_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    def trained(*stops: int) -> nn.Parameter:
+        weight = nn.Parameter(torch.linspace(0.5, 1, 9).bfloat16())
+        for begin, end in pairwise((0, *stops, 40)):
+            weight = nn.Parameter(torch.zeros_like(weight)) if begin else weight
+            optimizer = adamw([weight], lr=1e-4)
+            done, _ = load_training(tmp_path / "state", {"weight": weight}, optimizer)
+            assert done == begin
+            for step in range(begin, end):
+                weight.grad = torch.full_like(weight, 1 + step % 3)
+                optimizer.step()
+            save_training(tmp_path / "state", end, {"weight": weight}, optimizer, [])
+        (tmp_path / "state").unlink()
+        return optimizer.param_groups[0]["params"][0]
+
+    assert torch.equal(trained(7, 19), trained())

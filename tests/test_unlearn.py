@@ -46,6 +46,27 @@ def test_the_language_model_stays_bit_identical_under_weight_decay(
     assert not any(parameter.requires_grad for parameter in student.model.parameters())
 
 
+def test_small_steps_lead_a_model_in_bfloat16_where_they_lead_one_in_float32(
+    student: MLLM, splits: Splits, tmp_path: Path
+) -> None:
+    student.model.to(torch.bfloat16)
+
+    def moved(dtype: torch.dtype, **settings: Any) -> torch.Tensor:
+        mllm = student.copy()
+        mllm.model.to(dtype)
+        before = {name: p.detach().clone() for name, p in mllm.model.named_parameters()}
+        settings = {"steps": 20, "learning_rate": 1e-4, "warmup": 0, "forget_batch": 4, "retain_batch": 4} | settings
+        recipe = make_recipe(unlearn=settings, losses={"repel": {"weight": 0}})  # which at first has no direction
+        unlearned(mllm, splits, recipe, tmp_path / f"{dtype}{len(settings)}")
+        after = mllm.parameters(recipe.train)
+        return torch.cat([(p.detach() - before[name]).flatten() for name, p in after.items()]).float()
+
+    wanted = moved(torch.float32)
+    found, rounded = moved(torch.bfloat16), moved(torch.bfloat16, master_weights=False)
+    alike, without = (float(torch.cosine_similarity(one, wanted, dim=0)) for one in (found, rounded))
+    assert without < 0.8 < 0.95 < alike
+
+
 def forgetting(steps: int = 20, **phase: float) -> Recipe:
     settings = {"steps": steps, "learning_rate": 3e-3, "warmup": 0, "forget_batch": 5, "retain_batch": 5}
     return make_recipe(unlearn={**settings, "phases": [{"share": 1, **phase}]})

@@ -132,7 +132,9 @@ def relearn(
     parts = SCOPES[scope]
     copied = mllm.copy(share=[part for part in SCOPES["full"] if part not in parts])
     parameters = trainable(copied, parts)
-    optimizer = adamw(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = adamw(
+        parameters.values(), master_weights=config.master_weights, lr=config.learning_rate, weight_decay=0.0
+    )
     batches = Batches(known, config.batch_size, seed)
     right = []
     for step in Progress(range(max(config.steps)), what):

@@ -100,7 +100,12 @@ class Stepper:
             restart_every=config.checkpoint_every,
         )
         self._floor = RetainFloor(mllm, config, recipe.evaluate, splits.retain, seed=recipe.seed)
-        self.optimizer = adamw(self.learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = adamw(
+            self.learned.values(),
+            master_weights=config.master_weights,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
 
     def step(self, step: int) -> tuple[dict[str, Any], dict[str, float]]:
         """Make one step; returns its entry in the history, and of that the loss terms before weighting."""

@@ -115,6 +115,7 @@ def _some_mask(mllm: MLLM, recipe: Recipe) -> dict[str, Tensor]:
 
 def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    held += getattr(optimizer, "masters", [])
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

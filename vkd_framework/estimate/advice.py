@@ -120,6 +120,12 @@ def _attacker(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("simulated_attack.scopes=[visual]",) if _attacks_everything(recipe, stage) else ()
 
 
+def _masters(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    section = stage.partition(",")[0]
+    held = {"unlearn": recipe.unlearn.master_weights, "relearn": recipe.relearn.master_weights}.get(section, False)
+    return (f"{section}.master_weights=false",) if held and recipe.model.dtype != "float32" else ()
+
+
 def _relearn_scopes(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("relearn.scopes=[visual]",) if stage == "relearn, full" else ()
 
@@ -142,6 +148,7 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_attacker_batch, "withstands a somewhat weaker attacker"),
     (_batches, "noisier steps; more of them may be needed"),
     (_relearn_batch, "a somewhat weaker attack"),
+    (_masters, "small steps are rounded away, and many weights stand still"),
     (_relearn_scopes, "does not measure the attack on every weight"),
     (_projector, "forgets less"),
 )

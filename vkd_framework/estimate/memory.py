@@ -61,7 +61,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     def trained(parts: Sequence[Part]) -> int:
         return sum(count[part] for part in parts)
 
-    def training(name: str, parts: Sequence[Part], pairs: int, *more: Line) -> Stage:
+    def training(name: str, parts: Sequence[Part], pairs: int, *more: Line, masters: bool = True) -> Stage:
         n = trained(parts)
         every = Pass(name, pairs, True, tuple(parts), everywhere=name == "teach")
         return Stage(
@@ -70,7 +70,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
                 *held,
                 *more,
                 Line("gradients", n * each, f"{n:,} x {each}"),
-                Line("optimiser", 2 * n * each, f"2 x {n:,} x {each}"),
+                _optimiser(n, each, masters),
                 *_pass_lines(every, size, tokens, each),
             ),
         )
@@ -90,8 +90,16 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     for scope in recipe.relearn.scopes:
         n = trained(SCOPES[scope])
         copied = Line("the attacker's copy", n * each, f"{n:,} x {each}")
-        found.append(training(f"relearn, {scope}", SCOPES[scope], recipe.relearn.batch_size, copied))
+        masters = recipe.relearn.master_weights
+        found.append(training(f"relearn, {scope}", SCOPES[scope], recipe.relearn.batch_size, copied, masters=masters))
     return found
+
+
+def _optimiser(n: int, each: int, masters: bool) -> Line:
+    """Two moments of each weight, and in lower precision its master; all three are then in float32."""
+    if each == 4 or not masters:
+        return Line("optimiser", 2 * n * each, f"2 x {n:,} x {each}")
+    return Line("optimiser", 3 * n * 4, f"{n:,} weights in float32 and 2 moments of each")
 
 
 def _weights(recipe: Recipe, total: int, size: Sizes, each: int) -> Line:
@@ -110,7 +118,7 @@ def _unlearning(
     n = sum(count[part] for part in recipe.train)
     lines = [
         Line("gradients", n * each, f"{n:,} x {each}"),
-        Line("optimiser", 2 * n * each, f"2 x {n:,} x {each}"),
+        _optimiser(n, each, recipe.unlearn.master_weights),
     ]
     if recipe.mask.kind != "none":
         lines.append(Line("mask", n, f"{n:,} x 1"))

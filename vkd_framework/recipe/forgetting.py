@@ -181,6 +181,9 @@ class UnlearnConfig(Section):
     micro_batch: int | None = Field(
         default=None, ge=1, description="most pairs that go through the model at once; null: the whole batch"
     )
+    master_weights: bool = Field(
+        default=True, description="where the model is of lower precision, take its steps on float32 copies"
+    )
     retain_shares: dict[Literal["others", "strangers", "forgotten"], Weight] | None = Field(
         default=None,
         description="how a retain batch is made up: people who stay, nameless ones, and what anybody can see on photos "
