@@ -175,14 +175,14 @@ def _methods(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits
     """Name -> figures; every round times two steps of each, which differ where forget terms and attacker take turns."""
     counted: dict[str, list[float]] = {name: [] for name in _asked(options)}
     wall: dict[str, list[float]] = {name: [] for name in counted}
-    unheard = size.device == "cuda"  # the first round on a GPU chooses kernels and fills the allocator
-    for turn in range(options.repeats + unheard):
-        print(f"steps: round {turn + 1} of {options.repeats + unheard}", file=sys.stderr)
+    warming = int(size.device == "cuda")  # the first round on a GPU chooses kernels and fills the allocator
+    for turn in range(options.repeats + warming):
+        print(f"steps: round {turn + 1} of {options.repeats + warming}", file=sys.stderr)
         for name in counted:
             peak = None if name in held["step"] else memory.Peak(size.device, already=_weights(mllm))
             one = prepared(name, mllm, options.family, size, splits)
             cpu, waited = lines.two_steps(one, size)
-            if turn >= unheard:
+            if turn >= warming:
                 counted[name].append(cpu)
                 wall[name].append(waited)
             if peak is not None:
