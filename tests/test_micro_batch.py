@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, trainable
-from vkd_framework.recipe import Recipe
+from vkd_framework.recipe import Recipe, SimulatedAttack
+from vkd_framework.simulated_attack import SimulatedAttacker
 from vkd_framework.types import ImageQuestionPair, Splits
 from vkd_framework.unlearn import unlearn
 
@@ -71,3 +72,33 @@ def test_no_more_than_one_part_goes_through_the_model_at_once(tiny: MLLM, splits
     place.register_forward_hook(lambda _module, _given, out: seen.append(len(out[0])))
     objective.forget(splits.forget[:5])
     assert seen == [2, 2, 1]
+
+
+@pytest.mark.parametrize("settings", [{"scopes": ["visual"]}, {"scopes": ["full"], "rank": None}, {"scopes": ["full"]}])
+def test_an_attacker_in_parts_goes_and_pushes_as_with_whole_batches(
+    tiny: MLLM, splits: Splits, settings: dict[str, Any]
+) -> None:
+    """In float64: Adam makes a whole step of a gradient that is nothing but rounding."""
+
+    def attacked(micro_batch: int | None) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+        mllm = tiny.copy()
+        mllm.model.double()
+        student = trainable(mllm, ("encoder", "projector"))
+        config = SimulatedAttack.model_validate(
+            {"weight": 1, "batch_size": 5, "horizon": [5, 5], "head_start": 0, "rank": 3, "cap": 2.0} | settings
+        )
+        attacker = SimulatedAttacker(
+            mllm, student, config, splits.forget, seed=3, restart_every=100, micro_batch=micro_batch
+        )
+        losses = [attacker.add_gradient(step, 0.5) for step in range(3)]
+        pushed = {name: p.grad for name, p in student.items() if p.grad is not None}
+        return losses, pushed, attacker.difference
+
+    losses, pushed, moved = attacked(None)
+    losses_in_parts, pushed_in_parts, moved_in_parts = attacked(2)
+    assert losses_in_parts == pytest.approx(losses, rel=1e-6)
+    assert pushed and any(bool(difference.any()) for difference in moved.values())
+    for wanted, found in ((pushed, pushed_in_parts), (moved, moved_in_parts)):
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7)

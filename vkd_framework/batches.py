@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from vkd_framework.types import ImageQuestionPair
+
+T = TypeVar("T")
 
 
 class Batches:
@@ -41,6 +44,12 @@ class MixedBatches:
     def batch(self, step: int) -> list[ImageQuestionPair]:
         """The pairs of one step, set after set."""
         return [pair for part in self._parts for pair in part.batch(step)]
+
+
+def in_parts(items: Sequence[T], size: int | None) -> list[Sequence[T]]:
+    """The items in parts of at most `size`; None leaves them whole."""
+    size = size or max(1, len(items))
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def shared_out(size: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -97,11 +97,11 @@ class MasterAdamW(torch.optim.AdamW):
             weight.grad = None
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """The masters' step; the weights follow, and their gradients are used up."""
         for weight, master in self._pairs():
             master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
-        super().step(closure)
+        super().step()
         for weight, master in self._pairs():
             weight.copy_(master)
             master.grad = None

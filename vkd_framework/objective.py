@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vkd_framework import losses, ranks
 from vkd_framework.alignment import parameters_of
+from vkd_framework.batches import in_parts
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.forgetting import ForgetOutput
 from vkd_framework.gradients import recomputed
@@ -136,11 +137,10 @@ class Objective:
         of_part: Callable[[Sequence[ImageQuestionPair], Sequence[bool], _Weights], tuple[Tensor, dict[str, float]]],
         down: Down | None,
     ) -> tuple[Tensor, dict[str, float]]:
-        size = self._micro_batch or len(share)
         whole, terms = torch.zeros((), device=self._mllm.device), dict[str, float]()
-        for start in range(0, len(share), size):
-            part = slice(start, start + size)
-            loss, found = of_part(share[part], compared[part], weigh)
+        both = (in_parts(items, self._micro_batch) for items in (share, compared))
+        for part, of_part_compared in zip(*both, strict=True):
+            loss, found = of_part(part, of_part_compared, weigh)
             if down is not None:
                 down(loss)
                 loss = loss.detach()

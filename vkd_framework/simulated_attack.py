@@ -12,21 +12,22 @@ step, and with a frozen language model, is ours.
 His copy of a large language model, with two moments for each weight, would take more memory than all else. With `rank`
 he adds something of low rank to its linear layers instead (see `low_rank`), as most people who fine-tune do.
 
-One forward and one backward pass serve both: the attacker goes down the gradient that the student goes up. Where an
-answer is above the cap, the student's part takes a backward pass of its own, to his weights alone.
+One forward and one backward pass of each part of a batch serve both: the attacker goes down the gradient that the
+student goes up. Where an answer is above the cap, the student's share takes a backward pass of its own, to his weights
+alone.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from vkd_framework import ranks
-from vkd_framework.batches import Batches
+from vkd_framework.batches import Batches, in_parts
 from vkd_framework.errors import RecipeError
 from vkd_framework.gradients import as_gradients_come
 from vkd_framework.losses import answer_cross_entropy
@@ -58,9 +59,10 @@ class SimulatedAttacker:
         *,
         seed: int,
         restart_every: int,
+        micro_batch: int | None = None,
     ) -> None:
         self._mllm, self._student, self._config, self._pairs = mllm, student, config, pairs
-        self._seed, self._restart_every = seed, restart_every
+        self._seed, self._restart_every, self._micro_batch = seed, restart_every, micro_batch
         self._begin = self._made = self._length = 0
         self._delta: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
@@ -92,39 +94,55 @@ class SimulatedAttacker:
         if self._made == self._length or step // self._restart_every != self._begin // self._restart_every:
             self._start(step)
         pairs = self.batches.batch(self._made)
-        share = ranks.weight([True] * len(pairs))
-        batch = self._mllm.tokenize(ranks.share(pairs))
+        share, here = ranks.weight([True] * len(pairs)), ranks.share(pairs)
+        parts = in_parts(here, self._micro_batch)
+        counts = self._made >= self._config.head_start
+        self._made += 1
+        t, whole = self._made, 0.0
+        gradients: dict[str, Tensor] = {}
+
+        def use(name: str, g: Tensor) -> None:
+            """A large gradient is used at once and dropped; where there are more parts or processes, added up first."""
+            if name in self._own and ranks.size() == 1 and len(parts) == 1:
+                self._move(t, {name: g})
+            else:
+                gradients[name] = gradients[name] + g if name in gradients else g
+
         student = self._attacked()
+        for part in parts:
+            whole += self._part(part, student, share * len(part) / len(here), weight if counts else 0.0, use)
+        self._move(t, ranks.add(gradients, {**self._delta, **self._leaves}))
+        return whole
+
+    def _part(
+        self,
+        pairs: Sequence[ImageQuestionPair],
+        student: Mapping[str, Tensor],
+        share: float,
+        weight: float,
+        use: Callable[[str, Tensor], None],
+    ) -> float:
+        """There and back with some of the batch's pairs: `use` gets the attacker's gradients, the student is pushed."""
+        batch = self._mllm.tokenize(pairs)
         with self._added.added() if self._added else nullcontext():
             logits = answer_logits(self._mllm.model, batch.inputs, batch.content, {**self._own, **student})
         cross_entropy = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.content)
-        reached = cross_entropy.requires_grad  # text alone meets nothing that he tunes, where only visual modules are
-        counts = reached and self._made >= self._config.head_start
-        above = cross_entropy.detach() > self._config.cap
-        if counts and bool(above.any()):
-            capped = cross_entropy.clamp(max=self._config.cap).mean()
-            self._push(_gradient(capped, student), share * weight)
-            counts = False
-        self._made += 1
-        t = self._made
-        waiting: dict[str, Tensor] = {}
-
-        def use(name: str, g: Tensor) -> None:
-            """A large gradient is used at once and dropped; of several processes, others' are to be added first."""
-            if name in self._own and ranks.size() == 1:
-                self._move(t, {name: g})
-            else:
-                waiting[name] = g
-
-        with as_gradients_come(self._leaves, use):
-            if reached:
+        if cross_entropy.requires_grad:  # text alone meets nothing that he tunes, where only visual modules are
+            above = cross_entropy.detach() > self._config.cap
+            if weight and bool(above.any()):
+                capped = cross_entropy.clamp(max=self._config.cap).mean()
+                self._push(_gradient(capped, student), share * weight)
+                weight = 0.0
+            with as_gradients_come(self._leaves, use):
                 inputs = [*self._leaves.values(), *student.values()]
                 torch.autograd.backward(share * cross_entropy.mean(), inputs=inputs)
-        downward = {name: leaf.grad for name, leaf in student.items() if leaf.grad is not None}
-        if counts:
-            self._push(downward, weight)
-        waiting |= {name: g for name, g in downward.items() if name in self._delta}
-        self._move(t, ranks.add(waiting, {**self._delta, **self._leaves}))
+            downward = {name: leaf.grad for name, leaf in student.items() if leaf.grad is not None}
+            if weight:
+                self._push(downward, weight)
+            for name, leaf in student.items():
+                g, leaf.grad = leaf.grad, None
+                if g is not None and name in self._delta:
+                    use(name, g)
         return float(share * cross_entropy.detach().mean())
 
     def _start(self, step: int) -> None:

@@ -98,6 +98,7 @@ class Stepper:
             splits.forget,
             seed=recipe.seed + 2,
             restart_every=config.checkpoint_every,
+            micro_batch=config.micro_batch,
         )
         self._floor = RetainFloor(mllm, config, recipe.evaluate, splits.retain, seed=recipe.seed)
         self.optimizer = adamw(

@@ -80,7 +80,8 @@ def _recomputing(recipe: Recipe, stage: str) -> tuple[str, ...]:
 
 def _parts_of_batches(recipe: Recipe, stage: str) -> tuple[str, ...]:
     config = recipe.unlearn
-    most = config.micro_batch or max(config.forget_batch, config.retain_batch)
+    attacker = recipe.simulated_attack.batch_size if recipe.simulated_attack.weight else 0
+    most = config.micro_batch or max(config.forget_batch, config.retain_batch, attacker)
     return _halved("unlearn.micro_batch", most) if stage == "unlearn" else ()
 
 

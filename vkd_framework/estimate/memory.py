@@ -135,6 +135,9 @@ def _unlearning(
         held, moved = max(_of_attacker(recipe, SCOPES[scope], count, size) for scope in recipe.simulated_attack.scopes)
         lines.append(Line("attacker's weights", held * each, f"{held:,} x {each}"))
         lines.append(Line("attacker's optimiser", 2 * moved * each, f"2 x {moved:,} x {each}"))
+        if any(one.at_once < one.pairs for one in attacks):
+            own = moved - n
+            lines.append(Line("attacker's gradients", own * each, f"{own:,} x {each}, added up over parts of a batch"))
     extra = Line("attacked weights", 2 * n * each, f"{n:,} x {each} and their gradients, while he is at it")
     tops = [[*_pass_lines(one, size, tokens, each), *([extra] if one in attacks else [])] for one in run if one.trained]
     return [*lines, *max(tops, key=lambda top: sum(line.bytes for line in top), default=[])]

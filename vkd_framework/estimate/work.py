@@ -136,7 +136,7 @@ def passes(recipe: Recipe) -> list[Pass]:
             own = tuple(part for part in SCOPES[scope] if part != "language_model" or attack.rank is None)
             trained = tuple(part for part in PARTS if part in (*own, *recipe.train))
             times = often * drawn / len(attack.scopes)
-            found.append(Pass(f"attacker, {scope}", attack.batch_size, True, trained, times))
+            found.append(Pass(f"attacker, {scope}", attack.batch_size, True, trained, times, most=most))
     return found
 
 
