@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what was asked for, print the tables and write the JSON file."""
     options = _options(arguments)
     size = SIZES[options.size]
+    size = replace(size, micro_batch=options.micro_batch)
     if forget := options.forget_batch:
         size = replace(size, forget_batch=forget, retain_batch=3 * forget)
     if size.device == "cuda" and not torch.cuda.is_available():
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         "size": options.size,
         "family": options.family,
         "preset": FAMILIES[options.family].preset,
-        "batch": {"forget": size.forget_batch, "retain": size.retain_batch},
+        "batch": {"forget": size.forget_batch, "retain": size.retain_batch, "at_once": size.micro_batch},
         "clock": "wall" if size.device == "cuda" else "processor",
         "repeats": options.repeats,
         "environment": environment(size.device),
@@ -106,6 +107,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--forget-batch", type=int, metavar="N", help="forget pairs of a step; the retain pairs are three times as many"
     )
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="the most pairs of a step in the model at once")
     parser.add_argument("--parts", nargs="+", choices=PARTS_OF_RUN, default=list(PARTS_OF_RUN), help="default: all")
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
     parser.add_argument("--fresh", nargs=2, help=argparse.SUPPRESS)
@@ -117,6 +119,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _in_fresh_processes(options: argparse.Namespace, size: Size) -> Figures:
     """What fresh processes measured, each one figure; a GPU's allocator tells, so there only what differs in data."""
     base = ["--size", options.size, "--family", options.family, "--forget-batch", str(size.forget_batch)]
+    base += ["--micro-batch", str(size.micro_batch)] if size.micro_batch else []
 
     def fresh(kind: str, name: str) -> Any:
         print(f"memory of {name}", file=sys.stderr)
@@ -147,8 +150,7 @@ def _fresh(options: argparse.Namespace, size: Size) -> Figures:
         return {**lines.with_people(options.family, size, int(name)), "peak_memory_bytes": peak.bytes()}
     mllm = build(options.family, size, splits)
     if kind == "mask":
-        file_bytes = masks.file_bytes(name, mllm, options.family, size, splits)
-        return {"file_bytes": file_bytes, "peak_memory_bytes": peak.bytes(), "model_bytes": _weights(mllm)}
+        return _held_by_mask(masks.file_bytes(name, mllm, options.family, size, splits), peak, mllm)
     one = prepared(name, mllm, options.family, size, splits)
     for step in range(2):
         one.step(step)
@@ -165,6 +167,10 @@ def _held_by_step(one: Prepared, peak: memory.Peak, mllm: MLLM) -> Figures:
         "attacker_bytes": one.attacker_bytes(),
         "bytes_written": one.written(),
     }
+
+
+def _held_by_mask(file_bytes: int, peak: memory.Peak, mllm: MLLM) -> Figures:
+    return {"file_bytes": file_bytes, "peak_memory_bytes": peak.bytes(), "model_bytes": _weights(mllm)}
 
 
 def _weights(mllm: MLLM) -> int:
@@ -253,11 +259,7 @@ def _masks(options: argparse.Namespace, size: Size, mllm: MLLM, splits: Splits, 
             seconds[name].append(watch.seconds()[0])
             mllm.model.zero_grad()
             if peak is not None:
-                held["mask"][name] = {
-                    "file_bytes": file_bytes,
-                    "peak_memory_bytes": peak.bytes(),
-                    "model_bytes": _weights(mllm),
-                }
+                held["mask"][name] = _held_by_mask(file_bytes, peak, mllm)
     both = {
         name: {
             "seconds": statistics.median(seconds[name]),

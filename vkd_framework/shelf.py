@@ -6,12 +6,11 @@ So a cast of a thousand people takes no more memory than one of ten.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from io import FileIO
 from typing import TypeVar
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -34,6 +33,23 @@ class _Place:
     @property
     def bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _OnDisk(Mapping[str, Tensor]):
+    """Tensors that are read one by one, when they are asked for."""
+
+    places: Mapping[str, _Place]
+    read: Callable[[_Place], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(self.places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 class Shelf(MutableMapping[K, Mapping[str, Tensor]]):
@@ -60,7 +76,7 @@ class Shelf(MutableMapping[K, Mapping[str, Tensor]]):
 
     def __getitem__(self, key: K) -> Mapping[str, Tensor]:
         near = self._near.get(key)
-        return near if near is not None else {name: self._read(place) for name, place in self._far[key].items()}
+        return near if near is not None else _OnDisk(self._far[key], self._read)
 
     def __setitem__(self, key: K, tensors: Mapping[str, Tensor]) -> None:
         if key in self:
@@ -98,15 +114,14 @@ class Shelf(MutableMapping[K, Mapping[str, Tensor]]):
         return place
 
     def _read(self, place: _Place) -> Tensor:
+        """On a machine with a GPU in pinned memory, from which a copy to the device need not be waited for."""
         assert self._file is not None
-        found = numpy.empty(place.bytes, dtype=numpy.uint8)
+        found = torch.empty(place.bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._file.seek(place.offset)
-        unread = found.data
+        unread = found.numpy().data
         while len(unread):
             count = self._file.readinto(unread)
             if not count:
                 raise OSError("a file of remembered tensors in the cache folder is shorter than it was")
             unread = unread[count:]
-        if not place.bytes:
-            return torch.empty(place.shape, dtype=place.dtype)
-        return torch.from_numpy(found).view(place.dtype).view(place.shape)
+        return found.view(place.dtype).view(place.shape)

@@ -37,8 +37,10 @@ class Teacher:
 
     def rows(self, layer: str, pairs: Iterable[ImageQuestionPair], device: torch.device | None = None) -> Tensor:
         """`[R, D]`: the features of the pairs' photos, in the order of `photo_features`; text-only pairs have none."""
-        photos = (self._memory[pair.photo_keys][layer] for pair in pairs if pair.photos)
-        return torch.cat([rows.to(device or rows.device, non_blocking=True) for rows in photos])
+        shown = [pair.photo_keys for pair in pairs if pair.photos]
+        found = {keys: self._memory[keys][layer] for keys in dict.fromkeys(shown)}
+        there = {keys: rows.to(device or rows.device, non_blocking=True) for keys, rows in found.items()}
+        return torch.cat([there[keys] for keys in shown])
 
     @property
     def bytes(self) -> int:

@@ -43,7 +43,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Size:
-    """`pairs`: of each set, for a mask."""
+    """`pairs`: of each set, for a mask. `micro_batch`: the most pairs of a step that are in the model at once."""
 
     name: str
     image_size: int
@@ -52,6 +52,7 @@ class Size:
     pairs: int
     dtype: str = "float32"
     device: str = "cpu"
+    micro_batch: int | None = None
 
 
 SIZES = {
@@ -109,6 +110,7 @@ def recipe_of(family: str, size: Size, method: str, *overrides: str) -> Recipe:
             f"model.dtype={size.dtype}",
             f"unlearn.forget_batch={size.forget_batch}",
             f"unlearn.retain_batch={size.retain_batch}",
+            f"unlearn.micro_batch={size.micro_batch or 'null'}",
             *("unlearn.steps=100000", "unlearn.checkpoint_every=100000", "unlearn.warmup=0"),
             *("unlearn.learning_rate=1.0e-7", "unlearn.retain_floor=null", "unlearn.master_weights=false"),
             f"simulated_attack.batch_size={size.forget_batch}",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from costs.models import Size, recipe_of
+from vkd_framework.batches import in_parts
 from vkd_framework.estimate.work import passes
 from vkd_framework.features import vision_forward
 from vkd_framework.plugins import MLLM, trainable
@@ -122,12 +123,12 @@ def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
 def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> Prepared:
     """Batches are encoded and the teacher's features known before; nothing is checked, recorded or drawn.
 
-    Of the retain pairs as many are asked as the recipe asks, the photos of all are seen.
+    Of the retain pairs as many are asked as the recipe asks, the photos of all are seen; in parts as the recipe says.
     """
     config, layers = recipe.unlearn, [mllm.model.get_submodule(mllm.layer(name).path) for name in recipe.layers]
     many = next(one.pairs for one in passes(recipe) if one.what == "retain")
     forget, asked, unasked = (
-        mllm.tokenize(pairs)
+        [(len(part) / len(pairs), mllm.tokenize(part)) for part in in_parts(pairs, config.micro_batch)]
         for pairs in (
             splits.forget[: config.forget_batch],
             splits.retain[:many],
@@ -146,13 +147,14 @@ def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> 
             handle.remove()
         return loss
 
-    def photos_alone() -> Tensor:
-        vision_forward(mllm, unasked.inputs)
+    def photos_alone(batch: EncodedBatch) -> Tensor:
+        vision_forward(mllm, batch.inputs)
         return torch.zeros((), device=mllm.device)
 
-    retain = [partial(cross_entropy, mllm, asked), photos_alone]
+    retain = [(weight, partial(cross_entropy, mllm, batch)) for weight, batch in asked]
+    retain += [(weight, partial(photos_alone, batch)) for weight, batch in unasked]
     teachers = []
-    for look in retain:
+    for _, look in retain:
         with torch.no_grad():
             seen(look)
         teachers.append(list(features))
@@ -167,15 +169,17 @@ def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> 
         optimizer.zero_grad()
         if held is not None:
             held.zero_grad()
-            torch.autograd.backward(cross_entropy(attacked, forget))
+            for weight, batch in forget:
+                torch.autograd.backward(weight * cross_entropy(attacked, batch))
             for name, parameter in students.items():
                 parameter.grad = None if attackers[name].grad is None else -attackers[name].grad
             held.step()
-        torch.autograd.backward(-cross_entropy(mllm, forget))
-        for look, teacher in zip(retain, teachers, strict=True):
+        for weight, batch in forget:
+            torch.autograd.backward(-weight * cross_entropy(mllm, batch))
+        for (weight, look), teacher in zip(retain, teachers, strict=True):
             loss = seen(look)
             apart = [(f - t).square().sum() / t.square().sum() for f, t in zip(features, teacher, strict=True)]
-            torch.autograd.backward(loss + torch.stack(apart).mean())
+            torch.autograd.backward(weight * (loss + torch.stack(apart).mean()))
         torch.nn.utils.clip_grad_norm_(students.values(), config.clip)
         optimizer.step()
 
