@@ -63,6 +63,7 @@ class Shelf(MutableMapping[K, Mapping[str, Tensor]]):
         self._near: dict[K, Mapping[str, Tensor]] = {}
         self._far: dict[K, dict[str, _Place]] = {}
         self._file: FileIO | None = None
+        self._pinned = torch.cuda.is_available()
 
     @property
     def bytes(self) -> int:
@@ -116,7 +117,7 @@ class Shelf(MutableMapping[K, Mapping[str, Tensor]]):
     def _read(self, place: _Place) -> Tensor:
         """On a machine with a GPU in pinned memory, from which a copy to the device need not be waited for."""
         assert self._file is not None
-        found = torch.empty(place.bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        found = torch.empty(place.bytes, dtype=torch.uint8, pin_memory=self._pinned)
         self._file.seek(place.offset)
         unread = found.numpy().data
         while len(unread):
