@@ -296,6 +296,33 @@ def test_the_verdict_names_who_beats_the_baseline_on_all_three() -> None:
     assert "Beaten by no other: npo; beaten: vkd (by npo)." in text
 
 
+def test_answering_less_than_a_model_that_never_knew_does_not_beat_one_that_answers_as_it() -> None:
+    level, below = made("vkd", test=0.03, attacked=(0.2, 0.4)), made("npo", test=0.0, attacked=(0.0, 0.1))
+    text = " ".join(verdict(compared(level, below), "vkd"))
+    assert text.startswith("No other method beats vkd")
+    assert "Beaten by no other: vkd and npo." in text
+    worse = made("npo", test=0.0, attacked=(0.0, 0.1), retain=0.89)
+    assert "beaten: npo (by vkd)." in " ".join(verdict(compared(level, worse), "vkd"))
+
+
+def test_teaching_anew_is_told_apart_from_the_methods_that_unlearn() -> None:
+    anew = made("retain_only", test=0.03, retain=0.93, attacked=(0.2, 0.4))
+    text = " ".join(verdict(compared(made("vkd"), made("npo", test=0.2), anew), "vkd"))
+    assert text.startswith("No other method beats vkd")
+    assert "Beaten by no other: vkd; beaten: npo (by vkd)." in text
+    assert "retain_only is taught anew without the forgotten and does not compete: it beats" in text
+    assert "vkd (within the intervals) and npo." in text
+    none = " ".join(verdict(compared(made("vkd", retain=0.95), made("npo", retain=0.94), anew), "vkd"))
+    assert "does not compete: it beats none of them." in none
+
+
+def test_an_interval_below_a_model_that_never_knew_is_not_what_makes_a_verdict_clear() -> None:
+    level = [made("vkd", seed, attacked=(0.2 - seed / 1000, 0.4)) for seed in (0, 1)]
+    below = [made("npo", seed, attacked=(0.1 - seed / 1000, 0.2), retain=0.906) for seed in (0, 1)]
+    text = " ".join(verdict(compared(*level, *below), "vkd"))
+    assert "npo beats vkd" in text and "all of it within the intervals" in text
+
+
 def test_the_verdict_says_when_the_intervals_meet() -> None:
     text = " ".join(verdict(compared(made("vkd"), made("npo", retain=0.906)), "vkd"))
     assert "npo beats vkd" in text and "all of it within the intervals" in text

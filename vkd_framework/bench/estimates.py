@@ -72,6 +72,11 @@ class Comparison:
         every = (estimate.figure for line in (*self.lines, *self.references) for estimate in line.estimates.values())
         return {figure.key: figure for figure in every}
 
+    @property
+    def never_knew(self) -> Line | None:
+        """The line of the model that never knew the forgotten, where a run has one."""
+        return next((line for line in self.references if line.label == REFERENCES["retain_only"]), None)
+
     def baseline(self, method: str) -> Line | None:
         """The first line of a method."""
         return next((line for line in self.lines if line.method == method), None)

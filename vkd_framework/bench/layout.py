@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vkd_framework.bench.estimates import BOUNDS, Comparison, Estimate, Line, better
 from vkd_framework.bench.figures import TEXT_DIFFERENCE, Figure
 from vkd_framework.bench.trials import EXCESS, START
+from vkd_framework.bench.verdict import has_reference
 from vkd_framework.report.formatting import ABSENT, MINUS, NBSP, count, duration, significant, size
 from vkd_framework.report.table import COLUMNS
 
@@ -129,9 +130,12 @@ def caption(comparisons: Sequence[Comparison], method: str) -> str:
         parts.append("Intervals: Wilson's 95 % interval over the questions of one run, not over seeds.")
     if any(comparison.baseline(method) for comparison in comparisons):
         parts.append(f"Better than {method} on average: *; and the intervals do not meet: **.")
-    parts.append(
-        "On Test VQA and Forget VQA less counts as better; below what a model that never knew answers, it is no gain."
-    )
+    parts.append("On Test VQA, Forget VQA and after the attack less counts as better.")
+    if any(has_reference(comparison) for comparison in comparisons):
+        parts.append(
+            "In the sentences on all three together, answering less than a model that never knew is no gain: "
+            "whoever does counts as level with it."
+        )
     return " ".join(parts)
 
 

@@ -10,8 +10,14 @@ from vkd_framework.bench.estimates import Comparison, Line, better
 FORGET, RETAIN, RECOVERY = "test_vqa.exact_match", "retain_vqa.exact_match", "relearn.advantage_over_retain_only"
 WITHOUT_REFERENCE = "relearn.average_gap"
 """What stands for recovery when no model that never knew was attacked; there, more is better."""
+ANEW = "retain_only"
+"""The method that unlearns nothing: what the others are to come near, so it does not compete with them."""
 AXES = "forget (Test VQA), retain (Retain VQA) and recovery (after the attack)"
 BEATS = "at least as good on all three and better on one"
+
+
+Points = Mapping[str, tuple[float, float, float] | None]
+"""Label of a line -> its point; None where not all three are measured."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +48,33 @@ def frontier(points: Mapping[str, Sequence[float] | None]) -> Frontier:
     )
 
 
-def point(line: Line, *, reference: bool) -> tuple[float, float, float] | None:
-    """Forgetting, keeping, standing up to the attack, each so that larger is better; None when one is missing."""
+def point(line: Line, never: Line | None) -> tuple[float, float, float] | None:
+    """Forgetting, keeping, standing up to the attack, each so that larger is better; None when one is missing.
+
+    `never`: the model that never knew. Answering less than it does, before the attack or after, is no gain: else a
+    model that only says wrong things of the forgotten would count as having forgotten better than never to have known.
+    """
     forget, retain = line.mean(FORGET), line.mean(RETAIN)
-    recovery = line.mean(RECOVERY if reference else WITHOUT_REFERENCE)
+    recovery = line.mean(RECOVERY if never else WITHOUT_REFERENCE)
     if forget is None or retain is None or recovery is None:
         return None
-    return -forget, retain, -recovery if reference else recovery
+    if never is None:
+        return -forget, retain, recovery
+    return -max(forget, never.mean(FORGET) or 0.0), retain, -max(recovery, 0.0)
 
 
 def verdict(comparison: Comparison, method: str) -> list[str]:
     """What can be said about all three together, about `method` first, in sentences. The means are compared."""
-    reference = has_reference(comparison)
-    found = frontier({line.label: point(line, reference=reference) for line in comparison.lines})
+    never = comparison.never_knew if has_reference(comparison) else None
+    points = {line.label: point(line, never) for line in comparison.lines}
+    found = frontier({line.label: points[line.label] for line in comparison.lines if line.method != ANEW})
     sentences = []
     if len(found.best) + len(found.beaten) > 1:
-        sentences = _about(comparison, method, found)
+        sentences = _about(comparison, method, found, points)
         beaten = [f"{label} (by {_listed([b for b in by if b in found.best])})" for label, by in found.beaten.items()]
         rest = f"; beaten: {', '.join(beaten)}" if beaten else ""
         sentences.append(f"Beaten by no other: {_listed(found.best)}{rest}.")
+    sentences += _about_anew(comparison, points)
     if judged := [f"{line.label}: {_counted(line)}" for line in comparison.lines if line.verdicts]:
         sentences.append(f"Verdicts, with the number of runs: {'; '.join(judged)}.")
     if found.unknown:
@@ -73,23 +87,41 @@ def has_reference(comparison: Comparison) -> bool:
     return all(RECOVERY in line.estimates for line in comparison.lines)
 
 
-def _about(comparison: Comparison, method: str, found: Frontier) -> list[str]:
+def _about(comparison: Comparison, method: str, found: Frontier, points: Points) -> list[str]:
     line = comparison.baseline(method)
     if line is None or line.label in found.unknown:
         return []
     by = found.beaten.get(line.label)
     if not by:
         return [f"No other method beats {line.label} on {AXES} together ({BEATS})."]
-    clear = [other.label for other in comparison.lines if other.label in by and _clearly(other, line, comparison)]
+    clear = any(_clearly(other, line, comparison, points) for other in comparison.lines if other.label in by)
     noise = "" if clear else "; all of it within the intervals"
     verb = "beats" if len(by) == 1 else "beat"
     return [f"{_listed(by)} {verb} {line.label} on {AXES} together ({BEATS}{noise})."]
 
 
-def _clearly(one: Line, other: Line, comparison: Comparison) -> bool:
-    """Whether an interval of `one` lies wholly on the better side of that of `other`, on one of the three."""
+def _about_anew(comparison: Comparison, points: Points) -> list[str]:
+    """Whom teaching anew beats: what unlearning falls short of."""
+    sentences = []
+    for anew in comparison.lines:
+        own = points[anew.label]
+        if anew.method != ANEW or own is None:
+            continue
+        beaten = [line for line in comparison.lines if (theirs := points[line.label]) and dominates(own, theirs)]
+        names = [
+            line.label if _clearly(anew, line, comparison, points) else f"{line.label} (within the intervals)"
+            for line in beaten
+        ]
+        found = f"it beats {_listed(names)}" if names else "it beats none of them"
+        sentences.append(f"{anew.label} is taught anew without the forgotten and does not compete: {found}.")
+    return sentences
+
+
+def _clearly(one: Line, other: Line, comparison: Comparison, points: Points) -> bool:
+    """Whether `one` is better than `other` on one of the three and an interval of it lies wholly on the better side."""
     axes = (FORGET, RETAIN, RECOVERY if has_reference(comparison) else WITHOUT_REFERENCE)
-    return any(better(one.estimates[key], other.estimates[key]) == "**" for key in axes)
+    ahead = zip(axes, points[one.label] or (), points[other.label] or (), strict=True)
+    return any(a > b and better(one.estimates[key], other.estimates[key]) == "**" for key, a, b in ahead)
 
 
 def _counted(line: Line) -> str:
