@@ -12,7 +12,7 @@ from conftest import asked_about, changed, picture, weights
 
 from vkd_framework import attacks
 from vkd_framework.attacks import in_context, marked, membership, pixels, probing, quantize, rephrase, restore
-from vkd_framework.attacks.statistics import auc, kolmogorov, kolmogorov_smirnov, mean_with_interval
+from vkd_framework.attacks.statistics import auc, kolmogorov, kolmogorov_smirnov
 from vkd_framework.attacks.target import NotPossibleError, Target
 from vkd_framework.evaluate import answer_losses, generate
 from vkd_framework.plugins import MLLM
@@ -240,11 +240,6 @@ def test_ks_p_values_of_equal_distributions_are_spread_out() -> None:
     assert 5 <= small <= 35
 
 
-def test_the_interval_of_a_mean_by_hand() -> None:
-    assert mean_with_interval([1.0, 3.0]) == (2.0, pytest.approx((2 - 1.96, 2 + 1.96)))
-    assert mean_with_interval([1.0]) == (1.0, (-math.inf, math.inf))
-
-
 def test_min_k_scores_against_a_hand_computation() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]))
     own, standardised = membership.token_scores(logits, torch.tensor([1, 0]))
@@ -349,8 +344,12 @@ def test_a_model_that_answers_worse_than_one_that_never_knew_is_flagged() -> Non
     assert pushed is not None and alike is not None and short is not None
     assert [one["over_forgotten"] for one in (pushed, alike, short)] == [True, False, False]
     assert pushed["against"] == "retain_only"
-    assert pushed["excess"] == pytest.approx((4.0 + 3.9 + 4.1) / 3)  # both questions with the answer c count as one
     assert pushed["loss"] == pytest.approx(9.125)
+    assert pushed["excess"] == pytest.approx(pushed["loss"] - pushed["expected"]) == pytest.approx(4.025)
+    low, high = pushed["interval_95"]
+    assert (low + high) / 2 == pytest.approx(pushed["excess"])
+    # residuals -.025, -.125 and, for the answer c, .075 + .075, of three groups
+    assert (high - low) / 2 == pytest.approx(1.959964 * (0.025**2 + 0.125**2 + 0.15**2) ** 0.5 * 1.5**0.5 / 4)
 
 
 def test_without_a_reference_the_vanilla_model_on_strangers_is_what_never_knew() -> None:

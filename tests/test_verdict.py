@@ -262,3 +262,9 @@ def test_where_options_are_listed_guessing_them_is_no_knowledge(exact: float, ki
     metrics = unlearned(exact)
     assert verdict(metrics).kind == "not_forgotten"
     assert verdict(metrics | {"guessed": {"test_vqa": 0.25}}).kind == kind
+
+
+def test_choice_accuracy_is_compared_over_the_questions_that_have_options() -> None:
+    metrics = choosing(3 / 8, reference=2 / 8)
+    assert verdict(metrics | {"choices": {"test_vqa": 8}}).kind == "forgotten"
+    assert verdict(metrics | {"choices": {"test_vqa": 160}}).kind == "hidden"

@@ -142,9 +142,10 @@ def _ranked_first(metrics: Mapping[str, Any]) -> str:
 
 
 def _choices(metrics: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
-    """Choice accuracy on Test VQA, and the 95 % interval of the retain-only model's."""
+    """Choice accuracy on Test VQA, and the 95 % interval of the retain-only model's over the questions with options."""
     own, reference = (cell_of(metrics, model, "test_vqa") for model in ("unlearned", "retain_only"))
-    share, expected, n = own.get("choice_accuracy"), reference.get("choice_accuracy"), reference.get("n")
+    share, expected = own.get("choice_accuracy"), reference.get("choice_accuracy")
+    n = (metrics.get("choices") or {}).get("test_vqa", reference.get("n"))  # of an older run: all have options
     if not (is_number(share) and is_number(expected) and isinstance(n, int) and n > 0):
         return None, None
     return share, wilson(expected * n, n)

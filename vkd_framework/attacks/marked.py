@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from vkd_framework.attacks.statistics import kolmogorov_smirnov, mean_with_interval
+from vkd_framework.attacks.statistics import kolmogorov_smirnov
+from vkd_framework.intervals import clustered
 from vkd_framework.types import ImageQuestionPair
 
 PerQuestion = Mapping[str, Sequence[Any]]
@@ -38,7 +39,7 @@ def over_forgotten(
 
     `loss`: mean cross-entropy of the answer's content tokens on Test VQA, in nats. `expected`: the retain-only model's,
     or without one, the vanilla model's when the same is asked about strangers; `against` says which. `excess` is the
-    difference. Its 95 % interval counts everybody's questions with the same answer as one, because they go together.
+    difference. In its 95 % interval, over the questions, those with the same answer about the same person go together.
     `over_forgotten` is True when the whole interval lies above 0. None when there is nothing to compare with.
     """
     if reference is not None:
@@ -50,12 +51,12 @@ def over_forgotten(
     groups: dict[tuple[str | None, str], list[float]] = {}
     for pair, own, other in zip(test, unlearned["loss"], expected, strict=True):
         groups.setdefault((pair.subject, pair.answer), []).append(own - other)
-    excess, interval = mean_with_interval([fmean(group) for group in groups.values()])
+    interval = clustered([*groups.values()]) if len(groups) > 1 else None
     return {
         "loss": fmean(unlearned["loss"]),
         "expected": fmean(expected),
         "against": against,
-        "excess": excess,
-        "interval_95": list(interval) if len(groups) > 1 else None,
-        "over_forgotten": interval[0] > 0,
+        "excess": fmean(unlearned["loss"]) - fmean(expected),
+        "interval_95": list(interval) if interval else None,
+        "over_forgotten": interval is not None and interval[0] > 0,
     }

@@ -40,12 +40,3 @@ def kolmogorov(scaled: float) -> float:
         return 1.0
     total = sum((1 if k % 2 else -1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, TERMS + 1))
     return min(1.0, max(0.0, 2 * total))
-
-
-def mean_with_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The mean and its 95 % interval from the standard error; an infinite interval for a single value."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, (-math.inf, math.inf)
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    return mean, (mean - 1.96 * error, mean + 1.96 * error)

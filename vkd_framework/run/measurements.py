@@ -156,11 +156,12 @@ class Measurements:
         return cache_folder() / "measured" / key
 
     def signs(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """What guessing gives, and what else tells of damage."""
+        """What guessing gives, how many questions have options, and what else tells of damage."""
         # whom a model taught anew never read about, it cannot answer about
         unread = self.splits.forget_subjects if self.recipe.procedure == "reteach" else ()
         found: dict[str, Any] = {
             "guessed": {column: guessed(pairs) for column, pairs in self.splits.columns.items() if pairs},
+            "choices": {column: sum(bool(p.options) for p in pairs) for column, pairs in self.splits.columns.items()},
             "degenerate": degenerate_shares(self.splits.columns, columns["vanilla"], columns["unlearned"]),
             "text_only": changed_text(self.splits.columns, columns["vanilla"], columns["unlearned"], without=unread),
         }
