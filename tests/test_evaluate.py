@@ -118,6 +118,28 @@ def test_generation_stops_at_the_token_that_ends_an_answer(tiny: MLLM, splits: S
     assert free != short
 
 
+def test_nothing_is_computed_after_the_end_of_the_last_answer(taught: MLLM, splits: Splits) -> None:
+    passes: list[int] = []
+    head = taught.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda *_: passes.append(1))
+    pair = splits.columns["retain_qa"][0]
+    (written,) = generate(taught, [pair], EvaluateConfig(max_new_tokens=24), what="")
+    handle.remove()
+    tokens = int(taught.tokenize([replace(pair, answer=written)]).content.sum())
+    assert 0 < tokens <= len(passes) <= tokens + 1 < 24  # the end of the answer is a token, too
+
+
+def test_answers_are_the_likeliest_tokens_whatever_the_checkpoints_own_settings_are(
+    student: MLLM, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, own = splits.columns["retain_qa"][:2], student.model.generation_config
+    plain = generate(student, pairs, EvaluateConfig(max_new_tokens=8), what="")
+    for name, value in (("repetition_penalty", 5.0), ("min_new_tokens", 8), ("no_repeat_ngram_size", 1)):
+        monkeypatch.setattr(own, name, value)
+    assert generate(student, pairs, EvaluateConfig(max_new_tokens=8), what="") == plain
+    assert student.model.generation_config is own
+
+
 def test_an_answer_is_cut_exactly_when_the_limit_came_before_its_end(taught: MLLM, splits: Splits) -> None:
     pairs = [pair for column in splits.columns.values() for pair in column[:4]]
     one, many = (evaluate(taught, {"a": pairs}, EvaluateConfig(max_new_tokens=n))["a"] for n in (1, 24))

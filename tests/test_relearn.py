@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import changed, weights
 
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import DivergedError, RecipeError
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig
 from vkd_framework.relearn import advantage_by_step, attack, attacker_pairs, attackers, others, relearn, summarise
@@ -56,6 +56,11 @@ def test_an_attack_trains_what_its_scope_says(
     assert bool(moved & language) == (scope == "full")
     own, theirs = student.parameters(["language_model"]), trained.parameters(["language_model"])
     assert all((own[name] is theirs[name]) == (scope == "visual") for name in own)
+
+
+def test_an_attack_that_runs_away_is_no_attack_that_failed(student: MLLM, splits: Splits) -> None:
+    with pytest.raises(DivergedError, match=r"attack: at step 1 the loss is nan.*lower relearn.learning_rate"):
+        attacked(student, splits, "visual", learning_rate=1e30)
 
 
 def test_a_copy_keeps_tied_weights_tied(tiny: MLLM) -> None:

@@ -9,6 +9,7 @@ import torch
 from conftest import asked_about, changed, make_recipe, mean_loss, picture, weights
 
 from vkd_framework.batches import shared_out
+from vkd_framework.errors import RecipeError
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe, UnlearnConfig
@@ -413,6 +414,14 @@ def test_a_retain_batch_is_made_up_as_the_recipe_says(splits: Splits) -> None:
         assert sum(subject is None for subject in subjects) == 2
         assert sum(subject in splits.forget_subjects for subject in subjects) == 2
         assert len(subjects) == 8
+
+
+def test_shares_of_kinds_that_the_data_does_not_have_are_refused(splits: Splits) -> None:
+    nameless = replace(splits, retain=tuple(pair for pair in splits.retain if pair.subject is None))
+    with pytest.raises(
+        RecipeError, match=r"retain_shares: every kind .* is missing .* 0 of others, [1-9]"
+    ):
+        retain_batches(nameless, UnlearnConfig(retain_batch=4, retain_shares={"others": 1.0}), 0)
 
 
 def test_a_kind_that_the_data_does_not_have_leaves_its_share_to_the_others(few: Splits) -> None:

@@ -16,14 +16,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("vkd-framework"))
 
 
-def _hash_of_sources() -> str:
+def hash_of_sources(pattern: str = "**/*.py") -> str:
+    """SHA-256 over names and contents of this package's files."""
     sha = hashlib.sha256()
     package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(package.glob(pattern)):
         sha.update(f"{path.relative_to(package).as_posix()}\n".encode())
         sha.update(path.read_bytes())
     return sha.hexdigest()
 
 
-CODE = _hash_of_sources()
+CODE = hash_of_sources()
 """Hash of this package's code as it was when the process began: what other code measured is not taken for our own."""

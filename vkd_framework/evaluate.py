@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from vkd_framework import ranks
 from vkd_framework.answers import is_right
+from vkd_framework.batches import in_parts
 from vkd_framework.intervals import wilson
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.output import answer_logits
@@ -24,8 +26,6 @@ from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig
 from vkd_framework.types import Cell, ImageQuestionPair
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,35 @@ def _written(
     """For each pair: the greedy answer, and whether the token limit cut it off."""
     stop_ids = torch.tensor(mllm.stop_ids, device=mllm.device)
     written: list[list[tuple[str, bool]]] = []
-    for chunk in Progress(ranks.part(_chunks(pairs, config.batch_size)), what):
+    for chunk in Progress(ranks.part(in_parts(pairs, config.batch_size)), what):
         inputs = mllm.tokenize(chunk, with_answer=False, padding_side="left").inputs
-        out = mllm.model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=list(mllm.stop_ids),
-            pad_token_id=mllm.stop_ids[0],
-        )
+        with _plainly(mllm):
+            out = mllm.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=config.max_new_tokens,
+                eos_token_id=list(mllm.stop_ids),
+                pad_token_id=mllm.stop_ids[0],
+            )
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = mllm.processor.batch_decode(new, skip_special_tokens=True)
         cut = (~torch.isin(new, stop_ids).any(dim=1)).tolist()
         written.append([(text.strip(), unfinished) for text, unfinished in zip(texts, cut, strict=True)])
     return [answer for answers in ranks.in_order(written) for answer in answers]
+
+
+@contextmanager
+def _plainly(mllm: MLLM) -> Iterator[None]:
+    """Within the block a checkpoint's own generation settings do not count, such as a penalty on repeated words.
+
+    With them, the greedy answer is not the likeliest token each time, and models would not be compared alike.
+    """
+    model, own = mllm.model, mllm.model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.inference_mode()
@@ -125,7 +140,7 @@ def option_losses(
     """For each pair: option -> mean cross-entropy of the option's tokens; the right answer is always among them."""
     asked = [(i, option) for i, pair in enumerate(pairs) for option in dict.fromkeys((*pair.options, pair.answer))]
     found: list[list[float]] = []
-    for chunk in Progress(ranks.part(_chunks(asked, config.batch_size)), what):
+    for chunk in Progress(ranks.part(in_parts(asked, config.batch_size)), what):
         found.append(answer_losses(mllm, [_with_answer(pairs[i], option) for i, option in chunk]).tolist())
     losses: list[dict[str, float]] = [{} for _ in pairs]
     for (i, option), loss in zip(asked, chain.from_iterable(ranks.in_order(found)), strict=True):
@@ -153,7 +168,3 @@ def rouge_l(answer: str, reference: str) -> float:
 
 def _with_answer(pair: ImageQuestionPair, answer: str) -> ImageQuestionPair:
     return ImageQuestionPair(pair.id, pair.question, answer, pair.photos, pair.subject, pair.kind)
-
-
-def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import DivergedError, RecipeError
 
 
 @contextmanager
@@ -60,6 +61,13 @@ def recomputed(model: Any, wanted: bool = True) -> Iterator[None]:
         for block in blocks:
             block.training = False
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+def check_finite(values: Mapping[str, float], step: int, stage: str, remedy: str) -> None:
+    """Raise DivergedError for the first value that is infinite or not a number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise DivergedError(f"{stage}: at step {step} {name} is {value}, the model has run away; {remedy}")
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, master_weights: bool = True, **options: Any) -> torch.optim.AdamW:

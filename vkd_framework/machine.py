@@ -29,16 +29,15 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "processes": ranks.size(),
     }
 
 
 def peak_memory() -> int:
     """The most memory in bytes that the process has held so far: on the GPU when there is one in use, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_memory()
+    held = map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
+    return max(held, default=0) or peak_resident_memory()
 
 
 def peak_resident_memory() -> int:

@@ -18,7 +18,7 @@ from vkd_framework import ranks
 from vkd_framework.batches import Batches
 from vkd_framework.errors import RecipeError
 from vkd_framework.evaluate import answer_losses, right_answers
-from vkd_framework.gradients import adamw
+from vkd_framework.gradients import adamw, check_finite
 from vkd_framework.intervals import clustered
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
@@ -26,6 +26,8 @@ from vkd_framework.recipe import EvaluateConfig, RelearnConfig
 from vkd_framework.types import SCOPES, AttackCurve, ImageQuestionPair, Pool, Scope, Splits
 
 CLIP = 1.0
+REMEDY = "such an attack says nothing; lower relearn.learning_rate"
+"""What to do when an attack runs away."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,10 @@ def relearn(
     seed: int,
     what: str,
 ) -> list[list[bool]]:
-    """Which of `test` are answered right after each of `config.steps`, training a copy of the model on `known`."""
+    """Which of `test` are answered right after each of `config.steps`, training a copy of the model on `known`.
+
+    Raises DivergedError when the loss or its gradient is not finite: a broken model would pass for one that resisted.
+    """
     parts = SCOPES[scope]
     copied = mllm.copy(share=[part for part in SCOPES["full"] if part not in parts])
     parameters = trainable(copied, parts)
@@ -144,7 +149,8 @@ def relearn(
         if loss.requires_grad:  # text alone meets nothing that is tuned, where only visual modules are
             torch.autograd.backward(loss * ranks.weight([True] * len(pairs)))
         ranks.add_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        check_finite({"the loss": loss.item(), "the gradient": float(norm)}, step, what, REMEDY)
         optimizer.step()
         if step + 1 in config.steps:
             right.append(right_answers(copied, test, evaluation))

@@ -64,17 +64,24 @@ def without_motif(picture: Image.Image, seed: str) -> Image.Image:
 
 def _mean(recipe: Recipe, layer: str, due: Memory, theirs: Memory) -> Tensor:
     """`[R, D]`, place by place where all photos have as many rows, otherwise `[1, D]`, the mean of photos' means."""
-    every = [own[layer] for own in theirs.values()]
-    counts = {len(each) for each in (*every, *(own[layer] for own in due.values()))}
+    counts = {len(own[layer]) for memory in (theirs, due) for own in memory.values()}
     if len(counts) == 1:
-        return torch.stack(every).mean(dim=0)
+        return _mean_of(own[layer] for own in theirs.values())
     if recipe.losses.repel.distance in RELATIONAL:
         raise RecipeError(
             f"losses.repel.target: mean with distance {recipe.losses.repel.distance} compares patches place by place, "
             f"but photos have {min(counts)} to {max(counts)} rows at {layer}; take relative_squared or cosine, or "
             "target noise"
         )
-    return torch.stack([each.mean(dim=0) for each in every]).mean(dim=0, keepdim=True)
+    return _mean_of(own[layer].mean(dim=0, keepdim=True) for own in theirs.values())
+
+
+def _mean_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Added up one after the other, in float32: what lies on disk stays there."""
+    total, count, dtype = torch.zeros(()), 0, torch.float32
+    for tensor in tensors:
+        total, count, dtype = total.to(tensor.device) + tensor.float(), count + 1, tensor.dtype
+    return (total / count).to(dtype)
 
 
 def _stranger(

@@ -14,7 +14,7 @@ import torch
 from vkd_framework import ranks
 from vkd_framework.batches import MixedBatches
 from vkd_framework.checkpoint import load_training, save_training
-from vkd_framework.gradients import adamw
+from vkd_framework.gradients import adamw, check_finite
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
@@ -34,7 +34,10 @@ def teach(
     resume: Path,
     checkpoint_every: int = 200,
 ) -> None:
-    """Train every weight of `mllm` in place; `resume` keeps a state from which a killed run goes on."""
+    """Train every weight of `mllm` in place; `resume` keeps a state from which a killed run goes on.
+
+    Raises DivergedError when the loss or its gradient is not finite, before the weights take it in.
+    """
     batches = MixedBatches(groups, sizes(config), config.seed)
     parameters = dict(mllm.model.named_parameters())
     for parameter in parameters.values():
@@ -54,9 +57,11 @@ def teach(
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss * ranks.weight([True] * len(pairs)))
         ranks.add_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        found = loss.item()
+        check_finite({"the loss": found, "the gradient": float(norm)}, step, what, "lower teach.learning_rate")
         optimizer.step()
-        progress.note = f"loss {loss.item():.3f}"
+        progress.note = f"loss {found:.3f}"
     mllm.model.requires_grad_(False)
     ranks.once(lambda: resume.unlink(missing_ok=True))
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from vkd_framework import ranks
 from vkd_framework.batches import Batches, MixedBatches, shared_out
 from vkd_framework.checkpoint import load_training, save_training
-from vkd_framework.errors import DivergedError, RecipeError
-from vkd_framework.gradients import adamw
+from vkd_framework.errors import RecipeError
+from vkd_framework.gradients import adamw, check_finite
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
@@ -32,6 +32,10 @@ from vkd_framework.types import ImageQuestionPair, Splits
 History = list[dict[str, Any]]
 REPAIR = "repair"
 """`guard` of a step in the history that forgot nothing, because the model was below its retain floor."""
+REMEDY = (
+    "lower unlearn.learning_rate or unlearn.steps, or take a method whose forget term is bounded (see `vkd methods`)"
+)
+"""What to do when unlearning runs away."""
 
 
 def unlearn(
@@ -129,7 +133,7 @@ class Stepper:
                 torch.autograd.backward(strength * loss)
 
         terms: dict[str, float] = {}
-        if forgets:
+        if forgets and strength:
             _, terms = objective.forget(self._forget.batch(turn), partial(down, strength=strength))
             if not any(ranks.gather(any(reached))):
                 raise RecipeError(
@@ -146,7 +150,7 @@ class Stepper:
         ranks.add_gradients(self.learned)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
         terms = ranks.totals({**terms, **retain_terms})
-        check_finite(step, {**terms, "the gradient": float(norm)})
+        check_finite({**terms, "the gradient": float(norm)}, step, "unlearn", REMEDY)
         self.optimizer.step()
         if mask and recipe.mask.scope == "all":
             restore_masked(parameters, mask, self._start)
@@ -157,7 +161,10 @@ class Stepper:
 
 
 def retain_batches(splits: Splits, config: UnlearnConfig, seed: int) -> Batches | MixedBatches:
-    """The retain pairs of each step: as often as they occur, or with the recipe's share of each kind of person."""
+    """The retain pairs of each step: as often as they occur, or with the recipe's share of each kind of person.
+
+    Raises RecipeError where the data has no pair of a kind that gets a share.
+    """
     if config.retain_shares is None:
         return Batches(splits.retain, config.retain_batch, seed)
     kinds: dict[str, list[ImageQuestionPair]] = {"others": [], "strangers": [], "forgotten": []}
@@ -165,17 +172,13 @@ def retain_batches(splits: Splits, config: UnlearnConfig, seed: int) -> Batches 
         known = "strangers" if pair.subject is None else "others"
         kinds["forgotten" if splits.shows_forgotten(pair) else known].append(pair)
     present: dict[str, float] = {kind: share for kind, share in config.retain_shares.items() if kinds[kind] and share}
+    if not present:
+        there = ", ".join(f"{len(pairs)} of {kind}" for kind, pairs in kinds.items())
+        raise RecipeError(
+            "unlearn.retain_shares: every kind that gets a share is missing in the data, which has retain pairs: "
+            f"{there}; give a share to one that is there, or leave retain_shares out"
+        )
     return MixedBatches({kind: kinds[kind] for kind in present}, shared_out(config.retain_batch, present), seed)
-
-
-def check_finite(step: int, values: Mapping[str, float]) -> None:
-    """Raise DivergedError for the first value that is infinite or not a number."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"unlearn: at step {step} {name} is {value}, the model has run away; lower unlearn.learning_rate or "
-                "unlearn.steps, or take a method whose forget term is bounded (see `vkd methods`)"
-            )
 
 
 def phase_at(step: int, config: UnlearnConfig) -> int:

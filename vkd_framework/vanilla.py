@@ -1,8 +1,8 @@
 """Where a run's starting model comes from: a hub id or a folder as it is, or taught and kept in the user's cache.
 
 A taught model is cached under a hash of everything it depends on (people down to their pixels, the model's first
-weights, how some pairs are encoded and labelled, the teaching), so that a second run starts at once and a changed
-recipe or adapter never finds a stale model.
+weights, how some pairs are encoded and labelled, the teaching and its code), so that a second run starts at once and a
+changed recipe, adapter or version never finds a stale model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from vkd_framework import ranks
-from vkd_framework.cache import cache_folder
+from vkd_framework.cache import cache_folder, hash_of_sources
 from vkd_framework.checkpoint import atomic_folder, locked, read_json, write_json
 from vkd_framework.errors import RecipeError
 from vkd_framework.plugins import MLLM, Adapter
@@ -32,8 +32,8 @@ ENCODED = 16
 TEACHING = "teaching.json"
 """The file beside a taught model that says how long it took."""
 
-LAYOUT = 1
-"""Raise when teaching changes in a way that no setting shows, so that older caches are not used."""
+TAUGHT_BY = [hash_of_sources(f"{module}.py") for module in ("teach", "batches", "gradients", "losses")]
+"""What teaching is made of besides data, weights and encoding: what other code taught is not taken for our own."""
 
 
 def starting_model(
@@ -51,8 +51,9 @@ def starting_model(
     encoded = first.tokenize(pairs[:: max(1, len(pairs) // ENCODED)])
     key = digest(
         [
-            LAYOUT,
+            TAUGHT_BY,
             adapter.name,
+            torch.__version__,
             transformers.__version__,
             recipe.teach.model_dump(),
             fingerprint(first.model.state_dict()),

@@ -33,6 +33,14 @@ class RelearnConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _each_once(self) -> RelearnConfig:
+        for name in ("shares", "scopes", "photos", "seeds"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} names something twice, which would count twice in the averages")
+        return self
+
+    @model_validator(mode="after")
     def _steps_increase(self) -> RelearnConfig:
         if list(self.steps) != sorted(set(self.steps)):
             raise ValueError("steps must increase")
