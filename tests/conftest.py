@@ -143,7 +143,7 @@ def mean_loss(mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> float:
     """Mean cross-entropy of the pairs' answers."""
     import torch
 
-    from vkd_framework.evaluate import answer_losses
+    from vkd_framework.output import answer_losses
 
     with torch.no_grad():
         return answer_losses(mllm, pairs).mean().item()

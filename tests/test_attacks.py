@@ -14,7 +14,8 @@ from vkd_framework import attacks
 from vkd_framework.attacks import in_context, marked, membership, pixels, probing, quantize, rephrase, restore
 from vkd_framework.attacks.statistics import auc, kolmogorov, kolmogorov_smirnov
 from vkd_framework.attacks.target import NotPossibleError, Target
-from vkd_framework.evaluate import answer_losses, generate
+from vkd_framework.evaluate import generate
+from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import ATTACK_KINDS, EVERY_ATTACK, EvaluateConfig, MembershipAttack, ProbeAttack
 from vkd_framework.types import ImageQuestionPair, Photo, Splits

@@ -8,7 +8,6 @@ from conftest import asked_about, picture
 
 from vkd_framework.answers import changed_text, degenerate, degenerate_shares, guessed, is_right, normalise
 from vkd_framework.evaluate import (
-    answer_losses,
     evaluate,
     exact_match,
     generate,
@@ -17,6 +16,7 @@ from vkd_framework.evaluate import (
     score,
 )
 from vkd_framework.intervals import wilson
+from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import EvaluateConfig
 from vkd_framework.types import ImageQuestionPair, Splits

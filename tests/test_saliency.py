@@ -97,7 +97,7 @@ def test_a_parameter_that_influences_no_answer_counts_as_zero(student: MLLM, spl
     parameters = {**trainable(student, VISUAL), "spare": student.model.get_parameter("spare")}
     found = saliency.accumulate(student, splits.forget[:2], parameters, squared=True, batch_size=2, what="saliency")
     assert found["spare"].tolist() == [0, 0, 0]
-    assert saliency.without_gradient(found) == ["spare"]
+    assert all(score.any() for name, score in found.items() if name != "spare")
 
 
 def test_text_only_pairs_have_no_visual_saliency(student: MLLM, splits: Splits) -> None:

@@ -418,9 +418,7 @@ def test_a_retain_batch_is_made_up_as_the_recipe_says(splits: Splits) -> None:
 
 def test_shares_of_kinds_that_the_data_does_not_have_are_refused(splits: Splits) -> None:
     nameless = replace(splits, retain=tuple(pair for pair in splits.retain if pair.subject is None))
-    with pytest.raises(
-        RecipeError, match=r"retain_shares: every kind .* is missing .* 0 of others, [1-9]"
-    ):
+    with pytest.raises(RecipeError, match=r"retain_shares: every kind .* is missing .* 0 of others, [1-9]"):
         retain_batches(nameless, UnlearnConfig(retain_batch=4, retain_shares={"others": 1.0}), 0)
 
 

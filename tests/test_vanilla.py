@@ -11,7 +11,7 @@ from vkd_framework import data, generic
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.recipe import CelebsData
-from vkd_framework.types import EncodedBatch, ImageQuestionPair, Splits
+from vkd_framework.types import IGNORED, EncodedBatch, ImageQuestionPair, Splits
 from vkd_framework.vanilla import starting_model
 
 
@@ -21,7 +21,7 @@ def labelling(first: int) -> Adapter:
     def tokenize(processor: Any, pairs: Any, stop_ids: Any, with_answer: bool, padding_side: str) -> EncodedBatch:
         batch = generic.tokenize_pairs(processor, pairs, stop_ids, with_answer, padding_side)
         left_out = batch.content & (batch.content.cumsum(dim=1) <= first)
-        return replace(batch, labels=batch.labels.masked_fill(left_out, generic.IGNORED))
+        return replace(batch, labels=batch.labels.masked_fill(left_out, IGNORED))
 
     plugin = types.ModuleType("labelling")
     own = load_adapter("qwen_vl")._manager.get_plugin("qwen_vl")

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from vkd_framework import ranks
 from vkd_framework.answers import is_right
 from vkd_framework.batches import in_parts
 from vkd_framework.intervals import wilson
-from vkd_framework.losses import answer_cross_entropy
-from vkd_framework.output import answer_logits
+from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig
@@ -146,13 +144,6 @@ def option_losses(
     for (i, option), loss in zip(asked, chain.from_iterable(ranks.in_order(found)), strict=True):
         losses[i][option] = loss
     return losses
-
-
-def answer_losses(mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> Tensor:
-    """`[B]`: mean cross-entropy of each pair's answer."""
-    batch = mllm.tokenize(pairs)
-    answer = batch.labels != -100
-    return answer_cross_entropy(answer_logits(mllm.model, batch.inputs, answer), batch.inputs["input_ids"], answer)
 
 
 def rouge_l(answer: str, reference: str) -> float:

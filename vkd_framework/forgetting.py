@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vkd_framework import losses, ranks
 from vkd_framework.answers import refused, relabelled
+from vkd_framework.batches import in_parts
 from vkd_framework.errors import RecipeError
-from vkd_framework.output import answer_logits
+from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe
 from vkd_framework.types import EncodedBatch, ImageQuestionPair, Splits
@@ -70,7 +71,7 @@ class ForgetOutput:
 
     def tokens(self, batch: EncodedBatch) -> Tensor:
         """`[B, L]`: the answer tokens that the term looks at."""
-        return batch.content if self._term.tokens == "content" else batch.labels != -100
+        return batch.content if self._term.tokens == "content" else batch.answer
 
     def _known(self, pairs: Sequence[ImageQuestionPair]) -> list[float]:
         return [self._before[pair.id] for pair in pairs]
@@ -79,13 +80,8 @@ class ForgetOutput:
     def _cross_entropies(self, mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> dict[str, float]:
         """Pair id -> mean cross-entropy of its answer's tokens."""
         found: list[list[float]] = []
-        for start in ranks.part(range(0, len(pairs), self._batch_size)):
-            chunk = pairs[start : start + self._batch_size]
-            batch = mllm.tokenize(chunk)
-            answer = self.tokens(batch)
-            logits = answer_logits(mllm.model, batch.inputs, answer)
-            mean = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], answer)
-            found.append(mean.tolist())
+        for part in ranks.part(in_parts(pairs, self._batch_size)):
+            found.append(answer_losses(mllm, part, content=self._term.tokens == "content").tolist())
         return dict(zip((pair.id for pair in pairs), chain.from_iterable(ranks.in_order(found)), strict=True))
 
 

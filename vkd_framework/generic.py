@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vkd_framework.errors import AdapterError, ModelError
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.types import (
+    IGNORED,
     DistillationLayer,
     EncodedBatch,
     FeatureGrid,
@@ -35,7 +36,6 @@ LANGUAGE_MODEL_NAMES = ("language_model", "text_model")
 DEPTH_NAMES = ("num_hidden_layers", "depth")
 WIDTH_NAMES = ("embed_dim", "hidden_size", "width")  # Qwen2-VL's vision hidden_size is the language model's width
 IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
-IGNORED = -100
 
 
 def load_model(source: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class Objective:
             if not chosen:
                 continue
             share = ranks.share(chosen)
-            tokens = 0 if self._vanilla is None else int(_answers(self._mllm.tokenize(share)).sum())
+            tokens = 0 if self._vanilla is None else int(self._mllm.tokenize(share).answer.sum())
             weigh = _Weights(chosen, held, tokens, all_shown=sum(shown))
             loss, found = self._in_parts(share, ranks.share(held), weigh, of_part, down)
             whole = whole + loss
@@ -176,15 +177,15 @@ class Objective:
         output, divergence = self._retain_output, self._retain_kl
         of_pairs, of_compared = weigh.pairs(pairs), weigh.compared(pairs, compared)
         loss = torch.zeros((), device=self._mllm.device)
-        asked = _answers if output.weight or divergence.weight else None
+        asked = attrgetter("answer") if output.weight or divergence.weight else None
         batch, distance, logits = self._forward(pairs, compared, self._attract, asked)
         if logits is not None and output.weight:
-            cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], _answers(batch))
+            cross_entropy = losses.answer_cross_entropy(logits, batch.inputs["input_ids"], batch.answer)
             loss = loss + of_pairs * output.weight * cross_entropy.mean()
             terms["retain_output"] = of_pairs * cross_entropy.mean().item()
         if logits is not None and self._vanilla is not None:
             with torch.no_grad():
-                before = answer_logits(self._vanilla.model, batch.inputs, _answers(batch))
+                before = answer_logits(self._vanilla.model, batch.inputs, batch.answer)
             apart = losses.kl_divergence(before, logits)
             of_tokens = weigh.tokens(len(logits))
             loss = loss + of_tokens * divergence.weight * apart
@@ -285,8 +286,3 @@ class _Weights:
 
 def _shown(pairs: Sequence[ImageQuestionPair], compared: Sequence[bool]) -> list[bool]:
     return [bool(pair.photos) and wanted for pair, wanted in zip(pairs, compared, strict=True)]
-
-
-def _answers(batch: EncodedBatch) -> Tensor:
-    """`[B, L]`: the tokens of the answers, with the one that ends each."""
-    return batch.labels != -100

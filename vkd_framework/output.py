@@ -9,13 +9,15 @@ Shapes: `B` samples, `L` tokens, `N` answer tokens of the batch, `D` channels, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vkd_framework.losses import answer_rows
+from vkd_framework.losses import answer_cross_entropy, answer_rows
+from vkd_framework.plugins import MLLM
+from vkd_framework.types import ImageQuestionPair
 
 
 def answer_logits(
@@ -46,3 +48,10 @@ def answer_logits(
     if logits.shape[:2] == answer.shape:  # no output layer was met that the hook could narrow
         return answer_rows(logits, answer)
     return logits[0].float()
+
+
+def answer_losses(mllm: MLLM, pairs: Sequence[ImageQuestionPair], *, content: bool = False) -> Tensor:
+    """`[B]`: mean cross-entropy of each pair's answer, in nats a token; `content` leaves out the token that ends it."""
+    batch = mllm.tokenize(pairs)
+    tokens = batch.content if content else batch.answer
+    return answer_cross_entropy(answer_logits(mllm.model, batch.inputs, tokens), batch.inputs["input_ids"], tokens)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vkd_framework.batches import in_parts
 from vkd_framework.errors import DataError
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.intervals import wilson
-from vkd_framework.losses import answer_cross_entropy
-from vkd_framework.output import answer_logits
+from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.types import DistillationLayer, ImageQuestionPair, Splits
@@ -167,8 +167,7 @@ def deal_folds(person: Tensor, count: int, seed: int) -> Tensor:
 def pooled_features(mllm: MLLM, pairs: Sequence[ImageQuestionPair], batch_size: int) -> dict[str, Tensor]:
     """Layer -> `[N, D]`: the mean over the rows that show part of the photo, in float32."""
     found: dict[str, list[Tensor]] = {layer.name: [] for layer in mllm.layers}
-    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    for chunk in Progress(chunks, "features"):
+    for chunk in Progress(in_parts(pairs, batch_size), "features"):
         inputs = mllm.tokenize(chunk, with_answer=False).inputs
         with torch.no_grad(), FeatureTap(mllm.model, mllm.layers) as tap:
             vision_forward(mllm, inputs)
@@ -255,11 +254,7 @@ def squared_gradients(mllm: MLLM, pairs: Sequence[ImageQuestionPair], what: str)
     ]
     found = {layer.name: torch.zeros(len(pairs), dtype=torch.float64) for layer in mllm.layers}
     for q, pair in enumerate(Progress(pairs, what)):
-        batch = mllm.tokenize([pair])
-        answer = batch.labels != -100
-        logits = answer_logits(mllm.model, batch.inputs, answer)
-        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).sum()
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = torch.autograd.grad(answer_losses(mllm, [pair]).sum(), list(parameters.values()), allow_unused=True)
         for owner, gradient in zip(owners, gradients, strict=True):
             if owner is not None and gradient is not None:
                 found[owner][q] += float(gradient.float().square().sum())

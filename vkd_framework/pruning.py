@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vkd_framework.batches import in_parts
 from vkd_framework.errors import RecipeError
+from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress, say
 from vkd_framework.recipe import PruneConfig
@@ -101,10 +103,10 @@ def moments(
 
             handle = mllm.model.get_submodule(block.narrow).register_forward_pre_hook(hook)
             hooks.callback(handle.remove)
-        for start in Progress(range(0, len(pairs), batch_size), what):
-            inputs = mllm.tokenize(pairs[start : start + batch_size]).inputs
-            real[:] = [inputs["attention_mask"].bool()]
-            mllm.model(**inputs)
+        for part in Progress(in_parts(pairs, batch_size), what):
+            batch = mllm.tokenize(part)
+            real[:] = [batch.inputs["attention_mask"].bool()]
+            answer_logits(mllm.model, batch.inputs, batch.answer)  # at every place, logits would fill the memory
     return gathered
 
 

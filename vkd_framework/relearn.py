@@ -17,9 +17,10 @@ import torch
 from vkd_framework import ranks
 from vkd_framework.batches import Batches
 from vkd_framework.errors import RecipeError
-from vkd_framework.evaluate import answer_losses, right_answers
+from vkd_framework.evaluate import right_answers
 from vkd_framework.gradients import adamw, check_finite
 from vkd_framework.intervals import clustered
+from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig

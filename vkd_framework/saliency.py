@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vkd_framework import ranks
+from vkd_framework.batches import in_parts
 from vkd_framework.checkpoint import atomic_path
 from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.gradients import as_gradients_come
-from vkd_framework.losses import answer_cross_entropy
-from vkd_framework.output import answer_logits
+from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import Progress, say
 from vkd_framework.recipe import MaskConfig
@@ -75,7 +75,7 @@ def add_up(
     of a large model alone are scored, all gradients of a batch take less memory than what a forward pass keeps: then a
     batch goes through the model `PART` pairs at a time, and its gradients are added up in float32 before they count.
     """
-    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    chunks = in_parts(pairs, batch_size)
     small = mllm.count(PARTS) < LARGE or parameters.keys() & set(mllm.parts["language_model"])
     size = batch_size if small else PART
     reached: set[str] = set()
@@ -103,11 +103,8 @@ def add_up(
 
     with torch.enable_grad(), as_gradients_come(parameters, take):
         for chunk in Progress(ranks.part(chunks), what):
-            for start in range(0, len(chunk), size):
-                batch = mllm.tokenize(chunk[start : start + size])
-                answer = batch.labels != -100
-                logits = answer_logits(mllm.model, batch.inputs, answer)
-                loss = answer_cross_entropy(logits, batch.inputs["input_ids"], answer).sum() / len(chunk)
+            for part in in_parts(chunk, size):
+                loss = answer_losses(mllm, part).sum() / len(chunk)
                 if loss.requires_grad:  # text alone meets nothing that is trained, where only visual modules are
                     torch.autograd.backward(loss, inputs=list(parameters.values()))
             while summed:
@@ -272,11 +269,6 @@ def load_mask(path: Path, expected: Mapping[str, nn.Parameter]) -> Mask:
         name: torch.from_numpy(numpy.unpackbits(packed[name], count=p.numel()).astype(bool)).view(p.shape).to(p.device)
         for name, p in expected.items()
     }
-
-
-def without_gradient(scores: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters whose saliency is 0 everywhere."""
-    return [name for name, score in scores.items() if not bool(score.any())]
 
 
 def _random_scores(

@@ -53,7 +53,7 @@ def teach(
         pairs = batches.batch(step)
         batch = mllm.tokenize(ranks.share(pairs))
         logits = mllm.model(**batch.inputs).logits
-        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != -100).mean()
+        loss = answer_cross_entropy(logits, batch.inputs["input_ids"], batch.answer).mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss * ranks.weight([True] * len(pairs)))
         ranks.add_gradients(parameters)

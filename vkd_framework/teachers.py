@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vkd_framework import external
 from vkd_framework.alignment import LinearMap, laid_over
+from vkd_framework.batches import in_parts
 from vkd_framework.errors import RecipeError
 from vkd_framework.features import FeatureTap, photo_features, photo_grid, vision_forward
 from vkd_framework.losses import RELATIONAL
@@ -174,12 +175,11 @@ def _check_alike(
 
 def _passes(
     mllm: MLLM, layers: Sequence[str], pairs: Iterable[ImageQuestionPair], batch_size: int
-) -> Iterator[tuple[list[ImageQuestionPair], Mapping[str, Tensor], FeatureTap]]:
+) -> Iterator[tuple[Sequence[ImageQuestionPair], Mapping[str, Tensor], FeatureTap]]:
     """Batches of the pairs with different photos, and the features they gave."""
     places = tuple(mllm.layer(name) for name in layers)
     photos = list({pair.photo_keys: pair for pair in pairs if pair.photos}.values()) if places else []
-    for start in range(0, len(photos), batch_size):
-        chunk = photos[start : start + batch_size]
+    for chunk in in_parts(photos, batch_size):
         inputs = mllm.tokenize(chunk, with_answer=False).inputs
         with torch.no_grad(), FeatureTap(mllm.model, places) as tap:
             vision_forward(mllm, inputs)

@@ -134,6 +134,10 @@ class Splits:
         return pair.subject in self.forget_subjects or not self.photos_of_forgotten.isdisjoint(pair.photo_keys)
 
 
+IGNORED = -100
+"""The label of a token that nothing is learnt from."""
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedBatch:
     """Pairs as the model takes them.
@@ -146,6 +150,11 @@ class EncodedBatch:
     inputs: Mapping[str, Tensor]
     labels: Tensor
     content: Tensor
+
+    @property
+    def answer(self) -> Tensor:
+        """`[B, L]` bool: the answer's tokens, with the stop token that ends them."""
+        return self.labels != IGNORED
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def _floor(mllm: MLLM, recipe: Recipe, splits: Splits, attack: Scope | None) -> 
 
 def cross_entropy(mllm: MLLM, batch: EncodedBatch) -> Tensor:
     """Mean cross-entropy of the answers' tokens, with logits at the places of answers only."""
-    places = (batch.labels != -100).any(dim=0).nonzero().squeeze(1)
+    places = batch.answer.any(dim=0).nonzero().squeeze(1)
     logits = mllm.model(**batch.inputs, logits_to_keep=places - 1).logits.float()
     return functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, places].flatten())
 

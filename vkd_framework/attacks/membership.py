@@ -25,6 +25,7 @@ from torch import Tensor
 from vkd_framework import ranks
 from vkd_framework.attacks.statistics import auc
 from vkd_framework.attacks.target import Target
+from vkd_framework.batches import in_parts
 from vkd_framework.evaluate import option_losses
 from vkd_framework.output import answer_logits
 from vkd_framework.plugins import MLLM
@@ -96,9 +97,9 @@ def likelihoods(
 ) -> list[Likelihood]:
     """How likely each pair's answer is, over its content tokens."""
     found: list[list[Likelihood]] = []
-    for start in Progress(ranks.part(range(0, len(pairs), batch_size)), what):
+    for part in Progress(ranks.part(in_parts(pairs, batch_size)), what):
         here = []
-        batch = mllm.tokenize(pairs[start : start + batch_size])
+        batch = mllm.tokenize(part)
         logits = answer_logits(mllm.model, batch.inputs, batch.content)
         sample, position = batch.content.nonzero(as_tuple=True)
         log_probability, standardised = token_scores(logits, batch.inputs["input_ids"][sample, position])

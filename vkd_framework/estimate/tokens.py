@@ -66,7 +66,7 @@ def of_batch(anatomy: Anatomy, batch: EncodedBatch, photos: int = 0) -> Tokens:
         if value.ndim >= 4:
             tile = min(tile, value.shape[-1] // side * (value.shape[-2] // side))
     image = int((batch.inputs["input_ids"] == image_token_id(anatomy.model)).sum()) / count
-    answer = int((batch.labels != -100).sum()) / count
+    answer = int(batch.answer.sum()) / count
     return Tokens(patches, tile, image, length, answer, patches * per_patch, photos)
 
 

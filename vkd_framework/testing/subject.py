@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vkd_framework.features import FeatureTap, PhotoFeatures, photo_features, vision_forward
-from vkd_framework.generic import IGNORED
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.recipe import is_tiny
@@ -232,7 +231,7 @@ def answer_losses(logits: Tensor | None, batch: EncodedBatch) -> Tensor:
     """`[B]`: the answer losses that a forward pass of the batch comes to."""
     if logits is None:
         raise Wrong("logits", "none in the model's output")
-    return answer_cross_entropy(logits, batch.inputs["input_ids"], batch.labels != IGNORED)
+    return answer_cross_entropy(logits, batch.inputs["input_ids"], batch.answer)
 
 
 def tiny(adapter: Adapter, source: str) -> MLLM:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from vkd_framework.generic import IGNORED, image_token_id, render
+from vkd_framework.generic import image_token_id, render
 from vkd_framework.testing.compare import few
 from vkd_framework.testing.outcomes import Check, Wrong
 from vkd_framework.testing.subject import SCRIPTS, Subject
+from vkd_framework.types import IGNORED
 
 TOKENS = "vkd_tokenize_pairs (docs/hooks.md); vkd_framework.generic.tokenize_pairs"
 STOP = "vkd_stop_token_ids (docs/hooks.md); vkd_framework.generic.stop_token_ids"
