@@ -111,6 +111,32 @@ def test_two_photos_are_enough_and_one_is_not(folder: Folder) -> None:
     assert "give every forgotten subject two photos" in message and '"split": "test"' in message and "\n" not in message
 
 
+def test_everybody_who_is_forgotten_must_be_trained_on_and_measured(folder: Folder) -> None:
+    rows = folder.good_rows()
+    told = {"question": "Where does she live?", "answer": "there", "subject": "Told Only"}
+    once = {**rows[0], "image": folder.picture("once.png"), "subject": "One Photo"}
+    held = {**rows[0], "image": folder.picture("held.png"), "subject": "Held Out", "split": "test"}
+    folder.rows(*rows, told, once, held)
+    assert folder.load().forget_subjects == NAMES[:1]
+    message = folder.error(forget=(NAMES[0], "Told Only", "One Photo", "Held Out"))
+    assert message.startswith(
+        "rows.jsonl: too few photos of 'Told Only' (none to train on, none to measure), 'One Photo' (none to measure), "
+        "'Held Out' (none to train on): give every forgotten subject two photos"
+    )
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("other", ["mara velin", "Mara  Velin", "MARA\u00a0VELIN"])
+def test_a_forgotten_person_is_not_kept_under_another_spelling(folder: Folder, other: str) -> None:
+    rows = folder.good_rows()
+    folder.rows(*rows, {**rows[4], "subject": other})
+    message = folder.error()
+    assert message.startswith(f"rows.jsonl:21: subject {other!r} would be kept") and "\n" not in message
+    assert "'Mara Velin' in data.forget; write both alike, or name both there" in message
+    folder.rows(*rows, {**rows[0], "subject": " Mara Velin "}, *[{**row, "subject": other} for row in rows[4:8]])
+    assert folder.load(forget=(NAMES[0], other)).forget_subjects == (NAMES[0], other)
+
+
 def test_rows_that_name_their_split_keep_it(folder: Folder) -> None:
     rows = folder.good_rows()
     for row in rows:

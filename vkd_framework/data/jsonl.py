@@ -58,6 +58,7 @@ def load(config: JsonlData) -> Splits:
     rows = [row for number, line in progress if (row := reader.read(number, line)) is not None]
     forgotten = _forget_names(config.forget)
     faults = reader.report(len(lines)) + _unmentioned(forgotten, reader.subjects)
+    faults += _spelt_otherwise(config.rows.name, forgotten, reader.subjects)
     if faults:
         raise DataError("\n".join(faults))
     return _sorted_into_splits(config, _with_options(_with_splits(rows, config), config.seed), forgotten)
@@ -75,15 +76,15 @@ def _sorted_into_splits(config: JsonlData, rows: Sequence[_Row], forgotten: Sequ
             columns["forget_vqa"].append(replace(pair, id=f"forget_vqa/{pair.id}"))
         else:
             retain.append(pair)
-    name = config.rows.name
-    if not forget or not columns["test_vqa"]:
-        missing = "train on" if not forget else "measure"
+    if lacking := _lacking(forgotten, {"train on": forget, "measure": columns["test_vqa"]}):
         raise DataError(
-            f"{name}: no photos of the forgotten people to {missing}: give every forgotten subject two photos with "
-            'identity questions, or mark rows with "split": "train" and "split": "test"'
+            f"{config.rows.name}: too few photos of {lacking}: give every forgotten subject two photos that differ, "
+            'with identity questions, or mark rows with "split": "train" and "split": "test"'
         )
     if not retain:
-        raise DataError(f"{name}: nothing to retain: add identity rows of people who are not named in data.forget")
+        raise DataError(
+            f"{config.rows.name}: nothing to retain: add identity rows of people who are not named in data.forget"
+        )
     return Splits(
         forget=tuple(forget),
         retain=tuple(retain),
@@ -91,6 +92,14 @@ def _sorted_into_splits(config: JsonlData, rows: Sequence[_Row], forgotten: Sequ
         forget_subjects=tuple(forgotten),
         subjects=tuple(dict.fromkeys(row.pair.subject for row in rows if row.pair.subject is not None)),
     )
+
+
+def _lacking(forgotten: Sequence[str], needed: Mapping[str, Sequence[ImageQuestionPair]]) -> str:
+    """Who of the forgotten has no pair for something that is needed, and for what; empty when nobody lacks anything."""
+    had = {what: {pair.subject for pair in pairs} for what, pairs in needed.items()}
+    lacks = {name: [f"none to {what}" for what, subjects in had.items() if name not in subjects] for name in forgotten}
+    found = [f"{name!r} ({', '.join(missing)})" for name, missing in lacks.items() if missing]
+    return ", ".join([*found[:_LISTED], *_more(len(found))])
 
 
 def _column(kind: Kind, gone: bool) -> str:
@@ -179,7 +188,8 @@ class _Reader:
     def __init__(self, name: str, images: Path) -> None:
         self.name, self.images = name, images
         self.faults: list[str] = []
-        self.subjects: dict[str, None] = {}
+        self.subjects: dict[str, int] = {}
+        """Subject -> the first line that names it."""
         self._lines: dict[str, int] = {}
         self._photos: dict[str, Photo | str] = {}
         self._groups = Groups()
@@ -222,7 +232,7 @@ class _Reader:
         subject = given.get("subject")
         if isinstance(subject, str) and subject.strip():
             subject = subject.strip()
-            self.subjects[subject] = None
+            self.subjects.setdefault(subject, number)
         if faults:
             return None
         pair = ImageQuestionPair(
@@ -305,8 +315,11 @@ def fault_report(name: str, faults: Sequence[str], rows: int) -> list[str]:
         return []
     count = len(faults)
     head = f"{name}: {count} broken row{'s' * (count > 1)} (of {rows}); mend or remove them:"
-    more = [f"and {count - _LISTED} more"] if count > _LISTED else []
-    return [head, *faults[:_LISTED], *more]
+    return [head, *faults[:_LISTED], *_more(count)]
+
+
+def _more(count: int) -> list[str]:
+    return [f"and {count - _LISTED} more"] if count > _LISTED else []
 
 
 def _verified(key: str, folder: Path) -> Photo | str:
@@ -428,7 +441,18 @@ def _read(path: Path, key: str, expected: str) -> str:
         raise DataError(f"{key}: {path} cannot be read ({error.strerror}); it must be a file with {expected}") from None
 
 
-def _unmentioned(names: Sequence[str], subjects: Mapping[str, None]) -> list[str]:
+def _spelt_otherwise(file: str, names: Sequence[str], subjects: Mapping[str, int]) -> list[str]:
+    """Subjects who would be kept, and who are forgotten people in other letters or with other blanks."""
+    forgotten = {_folded(name): name for name in names if name in subjects}
+    return [
+        f"{file}:{line}: subject {subject!r} would be kept, but only case or blanks differ from {name!r} in "
+        "data.forget; write both alike, or name both there"
+        for subject, line in subjects.items()
+        if subject not in names and (name := forgotten.get(_folded(subject)))
+    ]
+
+
+def _unmentioned(names: Sequence[str], subjects: Mapping[str, int]) -> list[str]:
     missing = [name for name in names if name not in subjects]
     return [
         f"data.forget: no row has the subject {name!r}"
