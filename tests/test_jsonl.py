@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,7 +28,8 @@ class Folder:
     def picture(self, name: str, mode: str = "RGB", **options: object) -> str:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, (12, 8), 1 if mode == "P" else None).save(path, **options)
+        colour = "#" + hashlib.sha256(name.encode()).hexdigest()[:6]  # no two pictures are alike
+        Image.new("RGB", (12, 8), colour).convert(mode).save(path, **options)
         return name
 
     def rows(self, *rows: object) -> None:
@@ -91,6 +94,25 @@ def test_no_photo_is_both_trained_on_and_measured(folder: Folder) -> None:
         splits = folder.load(seed=seed)
         measured = (*splits.columns["test_vqa"], *splits.columns["retain_vqa"])
         assert not files(splits.forget + splits.retain) & files(measured)
+
+
+def test_files_of_the_same_picture_are_one_photo(folder: Folder) -> None:
+    rows = folder.good_rows()
+    for at, row in enumerate(rows):
+        shutil.copy(folder.root / str(row["image"]), folder.root / f"again{at}.png")
+    copies = [{**row, "image": f"again{at}.png", "question": "Where?"} for at, row in enumerate(rows)]
+    folder.rows(*rows, *copies)
+    for seed in range(5):
+        splits = folder.load(seed=seed)
+        measured = (*splits.columns["test_vqa"], *splits.columns["retain_vqa"])
+        assert not photos_of(splits.forget + splits.retain) & photos_of(measured)
+        assert len(splits.forget) == 6 and len(splits.columns["test_vqa"]) == 2
+    folder.rows(*rows, {**copies[0], "split": "train"}, {**rows[0], "split": "test"})
+    assert 'rows.jsonl:22: split is "test", but line 21 puts the same image into "train"' in folder.error()
+    folder.rows(*rows, {**rows[0], "image": ["mara/0.png", "again0.png"]})
+    assert "allowed: each image once" in folder.error()
+    folder.rows(rows[0], copies[0], *rows[4:])
+    assert "'Mara Velin' (none to measure)" in folder.error()
 
 
 def test_the_held_out_photos_depend_on_the_seed_alone(folder: Folder) -> None:

@@ -8,7 +8,6 @@ Shapes: `N` photos, `D` channels, `Q` pairs.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -144,7 +143,7 @@ def choose_photos(splits: Splits, most: int, seed: int) -> list[tuple[ImageQuest
             albums.setdefault(str(pair.subject), []).append(pair)
     albums = {name: album for name, album in albums.items() if len(album) > 1}
     invited = list(albums)[: most // 2]
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     chosen = []
     for name in invited:
         random.Random(f"{seed}/{name}").shuffle(albums[name])
@@ -304,10 +303,9 @@ def _score(right: Tensor, scored: Tensor) -> Score:
     return Score(hits / photos, wilson(hits, photos), float(right.float().mean()))
 
 
-def _first_time(pair: ImageQuestionPair, seen: set[bytes]) -> bool:
+def _first_time(pair: ImageQuestionPair, seen: set[str]) -> bool:
     """Whether no photo with the same pixels was met before; remembers it."""
-    picture = pair.photos[0].open()
-    pixels = hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).digest()
+    pixels = pair.photos[0].pixels
     fresh = pixels not in seen
     seen.add(pixels)
     return fresh

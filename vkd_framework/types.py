@@ -6,6 +6,7 @@ photo at one layer), `D` channels, `V` vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,6 +64,12 @@ class Photo:
         with Image.open(BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as file:
             width, height = file.size
             return (height, width) if file.getexif().get(ORIENTATION, 1) in LYING else (width, height)
+
+    @cached_property
+    def pixels(self) -> str:
+        """SHA-256 of the upright picture, the same for every file of it. Raises OSError like `open`."""
+        picture = self.open()
+        return hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()
 
     def open(self) -> Image.Image:
         """The picture as RGB, turned upright (EXIF). Raises OSError when the file cannot be read."""

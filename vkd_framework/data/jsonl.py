@@ -3,7 +3,8 @@
 `modality` is `identity` (who is shown must be known), `visible` (anybody can see the answer) or `text` (no image).
 `image` may be a list: several photos in one question. `split` says whether a row may be trained on; where no row of a
 photo says so, some photos of each subject are held out. A photo is either trained on or measured, never both, and
-photos that are shown together stay together. How the questions are phrased is left to the rows.
+photos that are shown together stay together. Files of the same picture are one photo, which goes by the first of them.
+How the questions are phrased is left to the rows.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ class _Reader:
         """Subject -> the first line that names it."""
         self._lines: dict[str, int] = {}
         self._photos: dict[str, Photo | str] = {}
+        self._by_pixels: dict[str, Photo] = {}
         self._groups = Groups()
         self._splits: dict[str, tuple[str, int]] = {}
 
@@ -264,17 +266,20 @@ class _Reader:
             return ()
         if modality == "text":
             faults.append("modality is 'text', but an image is given; remove one of the two")
-        keys = [posixpath.normpath(path.replace("\\", "/")) for path in paths]
-        if len(set(keys)) < len(keys):
+        found = [self._photo(posixpath.normpath(path.replace("\\", "/"))) for path in paths]
+        if len(set(found)) < len(found):
             faults.append(f"image is {_shown(image)}, allowed: each image once")
             return ()
-        for key in keys:
-            if key not in self._photos:
-                self._photos[key] = _verified(key, self.images)
-        found = [self._photos[key] for key in keys]
         faults += [photo for photo in found if isinstance(photo, str)]
         photos = tuple(photo for photo in found if isinstance(photo, Photo))
-        return photos if len(photos) == len(keys) else ()
+        return photos if len(photos) == len(found) else ()
+
+    def _photo(self, key: str) -> Photo | str:
+        """The photo of that path, or what is wrong with it."""
+        if key not in self._photos:
+            photo = _verified(key, self.images)
+            self._photos[key] = self._by_pixels.setdefault(photo.pixels, photo) if isinstance(photo, Photo) else photo
+        return self._photos[key]
 
     def _check_id(self, given: Mapping[str, Any], number: int, faults: list[str]) -> None:
         name = given.get("id")
@@ -328,7 +333,7 @@ def _verified(key: str, folder: Path) -> Photo | str:
     if not os.path.isfile(folder / key):
         return f"image {key!r} is not a file in {folder}"
     try:
-        photo.open()
+        _ = photo.pixels
     except UNREADABLE as error:
         return f"image {key!r} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return photo
