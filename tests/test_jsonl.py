@@ -124,6 +124,26 @@ def test_the_held_out_photos_depend_on_the_seed_alone(folder: Folder) -> None:
     assert photos(folder.load(), "test_vqa", "retain_vqa") == first
 
 
+def test_the_digest_of_the_data_tells_every_change_of_texts_names_and_pixels(folder: Folder) -> None:
+    rows = folder.good_rows()
+
+    def digest(*changed: dict[str, object], **config: object) -> str:
+        folder.rows(*rows, *changed)
+        return data.content_digest(folder.load(**config))
+
+    first = digest()
+    assert digest() == first
+    others = [
+        digest({**rows[-1], "answer": "Rome"}),
+        digest({**rows[-1], "question": "From where?"}),
+        digest({**rows[-1], "options": ["Lisbon", "Rome"]}),
+        digest(forget=NAMES[:2]),
+    ]
+    Image.new("RGB", (12, 8), "white").save(folder.root / str(rows[-1]["image"]))
+    others.append(digest())
+    assert len({first, *others}) == 6
+
+
 def test_two_photos_are_enough_and_one_is_not(folder: Folder) -> None:
     folder.rows(*folder.good_rows(photos=2))
     splits = folder.load()

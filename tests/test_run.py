@@ -20,7 +20,7 @@ from PIL import Image
 from vkd_framework.cache import CACHE_VARIABLE
 from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.cli import main
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.recipe import EVERY_ATTACK, load_recipe
 from vkd_framework.report.formatting import NBSP
 from vkd_framework.report.markdown import escape
@@ -334,6 +334,20 @@ def test_a_run_is_not_resumed_with_other_settings(finished: Finished, tmp_path: 
     with pytest.raises(RecipeError, match="holds no run of this recipe with these settings"):
         run(finished.recipe, ("seed=1",), out=out, resume=True)
     assert read_json(out / "metrics.json")["seed"] == 0
+
+
+def test_a_run_is_not_resumed_with_other_data(finished: Finished, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "out")
+    kept = out / "checkpoints" / "data.json"
+    stage = read_json(kept)
+    write_json(kept, {**stage, "result": "of other data"})
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    with pytest.raises(DataError, match="the data changed since this run began"):
+        run(finished.recipe, out=out, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
+    kept.unlink()  # as a run of an older version leaves it
+    run(finished.recipe, out=out, resume=True)
+    assert read_json(kept)["result"] == stage["result"]
 
 
 def test_an_existing_run_is_not_written_over(finished: Finished) -> None:

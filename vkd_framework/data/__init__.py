@@ -9,8 +9,8 @@ Further columns may stand beside the usual ones. The report takes `test_vqa_gene
 from __future__ import annotations
 
 from vkd_framework.data import celebs, clear, fiubench, jsonl, mllmu_bench
-from vkd_framework.recipe import AnyData, CelebsData, ClearData, JsonlData, MllmuBenchData
-from vkd_framework.types import Splits
+from vkd_framework.recipe import AnyData, CelebsData, ClearData, JsonlData, MllmuBenchData, digest
+from vkd_framework.types import ImageQuestionPair, Splits
 
 
 def load(config: AnyData) -> Splits:
@@ -24,3 +24,27 @@ def load(config: AnyData) -> Splits:
     if isinstance(config, ClearData):
         return clear.load(config)
     return fiubench.load(config)
+
+
+def content_digest(splits: Splits) -> str:
+    """A hash of what is trained on, measured and attacked with, down to the pixels of the photos."""
+
+    def said(pair: ImageQuestionPair) -> list[object]:
+        shown = [(photo.key, photo.pixels) for photo in pair.photos]
+        return [pair.id, pair.question, pair.answer, pair.subject, pair.kind, pair.options, pair.keywords, shown]
+
+    sets = {
+        "forget": splits.forget,
+        "retain": splits.retain,
+        "taught": splits.taught,
+        "text": splits.text,
+        "fresh": splits.fresh,
+        **{f"column {name}": pairs for name, pairs in splits.columns.items()},
+    }
+    return digest(
+        [
+            {name: [said(pair) for pair in pairs] for name, pairs in sets.items()},
+            [photo.pixels for photo in splits.strangers],
+            splits.forget_subjects,
+        ]
+    )

@@ -1,4 +1,4 @@
-"""The run directory: which one a run writes, and which recipe one was made with."""
+"""The run directory: which one a run writes, and which recipe and data one was made with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from vkd_framework.errors import RecipeError
+from vkd_framework.checkpoint import Stages
+from vkd_framework.data import content_digest
+from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.recipe import Recipe
+from vkd_framework.types import Splits
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
@@ -46,3 +49,15 @@ def recipe_of(folder: Path) -> str | None:
     except (OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError):
         return None
     return recipe.digest() if yaml.safe_load(recipe.to_yaml()) == said else None
+
+
+def check_data(folder: Path, stages: Stages, splits: Splits) -> None:
+    """Raise DataError when the run in `folder` began with other data, whose results would be mixed with these.
+
+    The first to ask decides: a run of an older version did not keep what it began with.
+    """
+    now = content_digest(splits)
+    if stages.run("data", lambda: now) != now:
+        raise DataError(
+            f"{folder}: the data changed since this run began; put them back, or start anew in another --out"
+        )

@@ -27,7 +27,7 @@ from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import find_recipe, load_recipe
 from vkd_framework.run.checks import check_model, checked
-from vkd_framework.run.folder import run_folder
+from vkd_framework.run.folder import check_data, run_folder
 from vkd_framework.run.measurements import Measurements
 from vkd_framework.run.metrics import cost_of, metrics_of
 from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair
@@ -83,8 +83,12 @@ class Run(Measurements):
     source_text: str
 
     def all(self) -> dict[str, Any]:
-        """Every stage in order; returns the metrics. Raises ProofError after the report when a proof failed."""
+        """Every stage in order; returns the metrics.
+
+        Raises DataError when the run began with other data, ProofError after the report when a proof failed.
+        """
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+        check_data(self.folder, self.stages, self.splits)
         write_text(self.folder / "recipe.source.yaml", self.source_text)
         write_json(self.folder / "environment.json", environment(self.device))
         expected = self.stages.run("estimate", self._estimate)
