@@ -25,6 +25,7 @@ from vkd_framework.data.published import spread
 from vkd_framework.errors import DataError, RecipeError
 from vkd_framework.plugins import load_adapter
 from vkd_framework.recipe import Recipe, bundled_recipes, load_recipe
+from vkd_framework.recipe.data import DATA_KINDS, AnyData
 from vkd_framework.report import terminal_table
 from vkd_framework.run import dry_run, run
 from vkd_framework.types import ImageQuestionPair, Splits
@@ -78,6 +79,17 @@ def test_what_every_run_needs_is_there_and_ids_are_unique(folders: dict[str, Pat
     assert len({pair.id for pair in every}) == len(every)
     assert all(pair.answer in pair.options for pair in every if pair.options)
     assert len(splits.forget_subjects) == 2 and set(splits.forget_subjects) < set(splits.subjects)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_has_to_be_fetched_is_not_here(folders: dict[str, Path], kind: str) -> None:
+    def config(**source: str) -> AnyData:
+        return DATA_KINDS[kind].model_validate({"kind": kind, **source})
+
+    assert data.is_here(config(source=str(folders[kind])))
+    assert data.is_here(config(source="./not/there"))  # which `load` refuses without asking the hub
+    assert not data.is_here(config())
+    assert "forgets  2 of " in data.told(load(kind, folders[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

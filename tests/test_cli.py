@@ -93,6 +93,18 @@ WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["run", RECIPE, *sets("data={kind: jsonl, rows: none.jsonl, forget: [a]}", *UNTAUGHT)],
         ("data.rows", "none.jsonl"),
     ),
+    "dry run without the rows": (
+        ["run", RECIPE, "--dry-run", *sets("data={kind: jsonl, rows: none.jsonl, forget: [a]}", *UNTAUGHT)],
+        ("data.rows", "none.jsonl"),
+    ),
+    "validate without the rows": (
+        ["recipes", "validate", RECIPE, *sets("data={kind: jsonl, rows: none.jsonl, forget: [a]}", *UNTAUGHT)],
+        ("data.rows", "none.jsonl"),
+    ),
+    "validate without the benchmark's folder": (
+        ["recipes", "validate", RECIPE, *sets("data={kind: clear, source: ./CLEAR}", *UNTAUGHT)],
+        ("data.source", "CLEAR"),
+    ),
     "nothing to resume": (["run", RECIPE, "--resume"], ("--resume", "--out")),
     "dry run of a broken recipe": (["run", RECIPE, "--dry-run", "--set", "seed=x"], ("seed", "'x'")),
     "validate": (["recipes", "validate", RECIPE, "--set", "seed=x"], ("seed", "'x'")),
@@ -187,12 +199,30 @@ def test_a_dry_run_prints_the_resolved_recipe_and_the_plan_and_writes_nothing(he
 
 
 def test_a_dry_run_of_a_7b_model_counts_without_weights(here: Path) -> None:
-    data = "data={kind: jsonl, rows: people.jsonl, forget: [a]}"
-    done = vkd("run", RECIPE, "--dry-run", *sets(data, "train=[projector]", *UNTAUGHT))
+    done = vkd("run", RECIPE, "--dry-run", *sets("data={kind: clear}", "train=[projector]", *UNTAUGHT))
     assert done.exit_code == 0, done.output
     assert "8,291,375,616 parameters" in done.stdout
     assert "44,575,744 parameters (0.54%)" in done.stdout
+    assert "pairs    assumed: the data come from the hub" in done.stdout
     assert files(here) == []
+
+
+def test_a_dry_run_and_a_check_of_a_recipe_count_the_pairs_of_everybody_who_is_forgotten(here: Path) -> None:
+    rows = []
+    for at, (name, photo) in enumerate((name, photo) for name in ("Ann", "Bo", "Cy") for photo in range(4)):
+        Image.new("RGB", (8, 8), (at, 0, 0)).save(here / f"{name}{photo}.png")
+        rows.append({"image": f"{name}{photo}.png", "question": "Who is this?", "answer": name, "subject": name})
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = sets("data={kind: jsonl, rows: rows.jsonl, forget: [Ann, Bo], test_share: 0.5}", *UNTAUGHT)
+    for command in (["run", RECIPE, "--dry-run"], ["recipes", "validate", RECIPE]):
+        done = vkd(*command, *settings)
+        assert done.exit_code == 0, done.output
+        assert (
+            "pairs    4 forget and 2 retain to train on; measured: 4 forget_vqa, 4 test_vqa, 2 retain_vqa\n"
+            "forgets  2 of 3 people\n"
+            "         Ann: 2 pairs to train on, 2 to measure\n"
+            "         Bo: 2 pairs to train on, 2 to measure\n"
+        ) in done.stdout
 
 
 def test_inspect_layers_counts_a_7b_model() -> None:

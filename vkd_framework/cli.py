@@ -465,11 +465,18 @@ def recipes_schema() -> None:
 @RECIPE
 @SET
 def recipes_validate(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Check RECIPE without running it."""
+    """Check RECIPE, and the data that it reads from this machine, without running it."""
     from vkd_framework.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    click.echo(f"{loaded.name}: valid (adapter {loaded.adapter}, method {loaded.method}, data {loaded.data.kind})")
+    told = ""
+    if loaded.data.kind != "celebs":  # these are drawn: there is nothing to read
+        from vkd_framework import data
+
+        if data.is_here(loaded.data):
+            told = f"\n{data.told(data.load(loaded.data))}"
+    facts = f"adapter {loaded.adapter}, method {loaded.method}, data {loaded.data.kind}"
+    click.echo(f"{loaded.name}: valid ({facts}){told}")
 
 
 @main.command()

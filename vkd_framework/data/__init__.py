@@ -8,9 +8,17 @@ Further columns may stand beside the usual ones. The report takes `test_vqa_gene
 
 from __future__ import annotations
 
-from vkd_framework.data import celebs, clear, fiubench, jsonl, mllmu_bench
+from vkd_framework.data import celebs, clear, fiubench, jsonl, mllmu_bench, published
+from vkd_framework.data.counts import told
 from vkd_framework.recipe import AnyData, CelebsData, ClearData, JsonlData, MllmuBenchData, digest
 from vkd_framework.types import ImageQuestionPair, Splits
+
+__all__ = ["content_digest", "is_here", "load", "told"]
+
+
+def is_here(config: AnyData) -> bool:
+    """Whether the data can be loaded, or are found broken, without asking the hub."""
+    return isinstance(config, CelebsData | JsonlData) or not published.on_hub(config.source)
 
 
 def load(config: AnyData) -> Splits:

@@ -99,8 +99,7 @@ def _lacking(forgotten: Sequence[str], needed: Mapping[str, Sequence[ImageQuesti
     """Who of the forgotten has no pair for something that is needed, and for what; empty when nobody lacks anything."""
     had = {what: {pair.subject for pair in pairs} for what, pairs in needed.items()}
     lacks = {name: [f"none to {what}" for what, subjects in had.items() if name not in subjects] for name in forgotten}
-    found = [f"{name!r} ({', '.join(missing)})" for name, missing in lacks.items() if missing]
-    return ", ".join([*found[:_LISTED], *_more(len(found))])
+    return ", ".join(listed([f"{name!r} ({', '.join(missing)})" for name, missing in lacks.items() if missing]))
 
 
 def _column(kind: Kind, gone: bool) -> str:
@@ -320,11 +319,12 @@ def fault_report(name: str, faults: Sequence[str], rows: int) -> list[str]:
         return []
     count = len(faults)
     head = f"{name}: {count} broken row{'s' * (count > 1)} (of {rows}); mend or remove them:"
-    return [head, *faults[:_LISTED], *_more(count)]
+    return [head, *listed(faults)]
 
 
-def _more(count: int) -> list[str]:
-    return [f"and {count - _LISTED} more"] if count > _LISTED else []
+def listed(items: Sequence[str]) -> list[str]:
+    """The first twenty, and how many more there are."""
+    return [*items[:_LISTED], *([f"and {len(items) - _LISTED} more"] if len(items) > _LISTED else [])]
 
 
 def _verified(key: str, folder: Path) -> Photo | str:

@@ -93,12 +93,17 @@ def download_command(hub_id: str) -> str:
     return f"`hf download --repo-type dataset {hub_id} --local-dir {hub_id.rpartition('/')[2]}`"
 
 
+def on_hub(source: str) -> bool:
+    """Whether a source is no folder here, but may be a dataset of the hub."""
+    return not os.path.isdir(Path(source).expanduser()) and _HUB_ID.fullmatch(source) is not None
+
+
 def open_benchmark(source: str, hub_id: str, sets: Sequence[str]) -> Benchmark:
     """The benchmark's folder: `source` itself, or where the hub's files of `sets` were put."""
     path = Path(source).expanduser()
     if os.path.isdir(path):
         return Benchmark(path, hub_id)
-    if not _HUB_ID.fullmatch(source):
+    if not on_hub(source):
         raise DataError(
             f"data.source: there is no folder {source}; get one with {download_command(hub_id)}, "
             f"or give the dataset id {hub_id}"

@@ -6,21 +6,20 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from vkd_framework import data
-from vkd_framework.errors import AdapterError, DataError
+from vkd_framework.errors import AdapterError
 from vkd_framework.estimate import Estimate, Rate, devices, estimate
 from vkd_framework.estimate.advice import HEADROOM, advise, wanted_bytes
 from vkd_framework.estimate.text import text
 from vkd_framework.estimate.tokens import Tokens, assumed, counted
 from vkd_framework.estimate.work import sizes
 from vkd_framework.plugins import Adapter, Anatomy
-from vkd_framework.recipe import CelebsData, JsonlData, Recipe, is_tiny
+from vkd_framework.recipe import CelebsData, Recipe, is_tiny
 from vkd_framework.types import Splits
 from vkd_framework.vanilla import untaught
 
 
 def estimate_of(
-    recipe: Recipe, adapter: Adapter, anatomy: Anatomy, device: str, splits: Splits | None = None, *, process: int = 0
+    recipe: Recipe, adapter: Adapter, anatomy: Anatomy, device: str, splits: Splits, *, process: int = 0
 ) -> Estimate:
     """What a run on `device` will cost. `anatomy`: of the recipe's model. `process`: as in `estimate`."""
     anatomy, found = looked_at(recipe, adapter, anatomy, splits)
@@ -63,21 +62,14 @@ def told(
     return text(first, limit=limit, changes=() if limit is None else advise(first, limit, again))
 
 
-def looked_at(
-    recipe: Recipe, adapter: Adapter, anatomy: Anatomy, splits: Splits | None = None
-) -> tuple[Anatomy, Tokens]:
+def looked_at(recipe: Recipe, adapter: Adapter, anatomy: Anatomy, splits: Splits | None) -> tuple[Anatomy, Tokens]:
     """The model's anatomy and the tokens of its pairs.
 
-    Pairs are encoded where data and processor are on this machine; elsewhere their tokens are assumed. The embedded
-    default is built: its vocabulary depends on the cast.
+    Pairs are encoded where data and processor are on this machine; elsewhere, and with `splits` None, their tokens are
+    assumed. The embedded default is built: its vocabulary depends on the cast.
     """
     if splits is None:
-        if not isinstance(recipe.data, CelebsData | JsonlData):
-            return anatomy, assumed(anatomy)
-        try:
-            splits = data.load(recipe.data)
-        except DataError:
-            return anatomy, assumed(anatomy)
+        return anatomy, assumed(anatomy)
     if is_tiny(recipe.model.source) and recipe.teach is not None and isinstance(recipe.data, CelebsData):
         built = untaught(adapter, recipe, splits, "cpu")
         return built, tokens_of(splits, built, built.processor)

@@ -38,10 +38,15 @@ from vkd_framework.vanilla import device_of, save, starting_model, teaching_seco
 def dry_run(
     reference: str, overrides: tuple[str, ...], *, gpu: str | None = None, gpu_memory: str | None = None
 ) -> str:
-    """The resolved recipe, what it would train and what that would cost; reads no weights and writes nothing."""
+    """The resolved recipe, what it would train, on what, and what that would cost.
+
+    Reads no weights and writes nothing. Raises DataError for broken data; those that only the hub has are assumed.
+    """
     recipe = load_recipe(reference, overrides)
     adapter = load_adapter(recipe.adapter)
-    anatomy, found = looked_at(recipe, adapter, check_model(recipe, adapter))
+    anatomy = check_model(recipe, adapter)
+    splits = data.load(recipe.data) if data.is_here(recipe.data) else None
+    anatomy, found = looked_at(recipe, adapter, anatomy, splits)
     cost = told(
         recipe,
         anatomy,
@@ -52,7 +57,8 @@ def dry_run(
         gpu_memory=gpu_memory,
         process=resident_memory(),
     )
-    return f"{recipe.to_yaml()}\n{plan(recipe, anatomy)}\n\n{cost}"
+    pairs = "pairs    assumed: the data come from the hub" if splits is None else data.told(splits)
+    return f"{recipe.to_yaml()}\n{plan(recipe, anatomy)}\n{pairs}\n\n{cost}"
 
 
 def run(
