@@ -28,6 +28,7 @@ from vkd_framework.recipe import Recipe, bundled_recipes, load_recipe
 from vkd_framework.recipe.data import DATA_KINDS, AnyData
 from vkd_framework.report import terminal_table
 from vkd_framework.run import dry_run, run
+from vkd_framework.run.metrics import unseen
 from vkd_framework.types import ImageQuestionPair, Splits
 from vkd_framework.vanilla import save
 
@@ -100,6 +101,12 @@ def test_no_question_that_is_measured_as_unseen_is_trained_on(folders: dict[str,
         assert splits.columns[column] and not asked(splits.columns[column]) & trained
         phrasings = {pair.question for pair in (*splits.forget, *splits.retain)}
         assert not {pair.question for pair in splits.columns[column]} & phrasings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_photo_a_person_is_not_called_unseen(folders: dict[str, Path], kind: str) -> None:
+    new = ["phrasings"] if kind == "fiubench" else ["photos", "phrasings"]
+    assert unseen(load(kind, folders[kind])) == {"test_vqa": new, "retain_vqa": new}
 
 
 @pytest.mark.parametrize("kind", ["mllmu_bench", "clear"])

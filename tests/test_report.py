@@ -30,6 +30,28 @@ def test_the_summary_states_the_numbers_and_names_no_success(metrics: dict[str, 
     assert not re.search(r"success|excellent|robust|perfect|only \d", text, re.IGNORECASE)
 
 
+@pytest.mark.parametrize(
+    ("unseen", "said"),
+    [
+        ({"test_vqa": ["photos", "phrasings"]}, "photos and phrasings"),
+        ({"test_vqa": ["photos"]}, "photos"),
+        ({"test_vqa": ["phrasings"]}, "phrasings"),
+        ({"test_vqa": []}, "pairs of photo and question"),
+        (None, "photos"),
+    ],
+)
+def test_only_what_unlearning_never_saw_is_called_unseen(
+    metrics: dict[str, Any], unseen: dict[str, list[str]] | None, said: str
+) -> None:
+    metrics |= {} if unseen is None else {"unseen": unseen}
+    card = render_model_card(metrics, base_model="x", environment={}, forget_count=1)
+    for text in (Page(page(metrics)).words, text_page(metrics), card):
+        assert f"Asked about the forgotten people on {said} that unlearning never saw (Test VQA" in text
+        assert f"The forgotten people, on {said} that unlearning never saw." in text
+        assert f"is then scored on {said} that the attack did not use" in text
+        assert "Everybody else, on photos that unlearning never saw." in text
+
+
 def test_the_summary_says_when_text_answers_differ_and_checks_fail(metrics: dict[str, Any]) -> None:
     metrics["proofs"] |= {"text_only_max_logit_difference": 1e-6, "reload_identical": False}
     text = " ".join(summary(metrics))

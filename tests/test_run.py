@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from vkd_framework.recipe import EVERY_ATTACK, load_recipe
 from vkd_framework.report.formatting import NBSP
 from vkd_framework.report.markdown import escape
 from vkd_framework.run import recipe_of, run
+from vkd_framework.run.metrics import unseen
+from vkd_framework.types import Splits
 from vkd_framework.verdict import verdict
 
 RECIPE = {
@@ -113,8 +115,20 @@ def test_metrics_have_the_keys_and_types_of_the_contract(finished: Finished) -> 
             low, high = cell["interval_95"]
             assert low <= cell["exact_match"] <= high
             assert isinstance(cell["n"], int) and cell["n"] > 0
+    assert metrics["unseen"] == {column: ["photos", "phrasings"] for column in ("test_vqa", "retain_vqa")}
     assert set(metrics["cost"]) == COST
     assert all(isinstance(metrics["cost"][name], float if name.endswith("_seconds") else int) for name in COST)
+
+
+def test_what_unlearning_never_saw_is_found_in_the_pairs(splits: Splits) -> None:
+    both = ["photos", "phrasings"]
+    assert unseen(splits) == {"test_vqa": both, "retain_vqa": both}
+    asked, trained = splits.columns["test_vqa"], splits.retain[0]
+    loud = replace(asked[0], question=f" {trained.question.upper()}")  # the same words about somebody else
+    shown = replace(asked[0], photos=trained.photos)
+    for more, new in (([loud], ["photos"]), ([shown], ["phrasings"]), ([loud, shown], [])):
+        mixed = replace(splits, columns={**splits.columns, "test_vqa": (*asked, *more)})
+        assert unseen(mixed) == {"test_vqa": new, "retain_vqa": both}
 
 
 def test_cost_counts_what_was_trained_and_what_could_move(finished: Finished) -> None:

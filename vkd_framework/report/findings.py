@@ -20,7 +20,7 @@ from vkd_framework.report.formatting import (
     significant,
     size,
 )
-from vkd_framework.report.table import cell_of
+from vkd_framework.report.table import cell_of, never_seen
 from vkd_framework.types import PARTS
 
 PAPER = "arXiv 2512.11325"
@@ -34,13 +34,6 @@ VKD_NOTE = (
 EVIDENCE_NOTE = (
     "The numbers describe the questions, photos and attacks that were tried, with the sampling error that the "
     "intervals show. They do not prove that no other question or stronger attack finds a trace."
-)
-
-ATTACK_EXPLANATION = (
-    "An attacker fine-tunes a copy of the unlearned model on a share of the forgotten people's questions, on new "
-    "photos of them, or on other people only, and is then scored on photos and phrasings that the attack did not use. "
-    "The same attack on a model that never knew these people shows what can be learned from scratch; only what comes "
-    "back beyond that was hidden instead of erased."
 )
 
 PROOF_STATEMENTS = {
@@ -137,6 +130,16 @@ def headline(metrics: Mapping[str, Any]) -> list[Definition]:
         recovery = points(relearn.get("average_recovery"))
         tiles.append(Definition("Relearning attack", recovery, "average recovery; no reference to compare with"))
     return tiles
+
+
+def attack_explanation(metrics: Mapping[str, Any]) -> str:
+    """What the relearning attack is, and what its figures say."""
+    return (
+        "An attacker fine-tunes a copy of the unlearned model on a share of the forgotten people's questions, on new "
+        f"photos of them, or on other people only, and is then scored on {never_seen(metrics, 'test_vqa')} that the "
+        "attack did not use. The same attack on a model that never knew these people shows what can be learned from "
+        "scratch; only what comes back beyond that was hidden instead of erased."
+    )
 
 
 def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
@@ -245,7 +248,7 @@ def _forgotten_sentence(metrics: Mapping[str, Any]) -> str:
     if not (before and after):
         return "Questions about the forgotten people on unseen photos were not measured before and after."
     text = (
-        f"Asked about the forgotten people on photos and phrasings that unlearning never saw (Test VQA, "
+        f"Asked about the forgotten people on {never_seen(metrics, 'test_vqa')} that unlearning never saw (Test VQA, "
         f"{count(after.get('n'))} questions), the model gave {percent(before.get('exact_match'))} exact answers before "
         f"unlearning and {percent(after.get('exact_match'))} after it "
         f"(95{NBSP}% interval {percent_range(after.get('interval_95'))})"

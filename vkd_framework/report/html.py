@@ -91,7 +91,7 @@ def render_html(
         ],
         attack_steps=measured_steps(attacks),
         attack_figures=findings.attack_figures(metrics),
-        attack_explanation=findings.ATTACK_EXPLANATION,
+        attack_explanation=findings.attack_explanation(metrics),
         trials=(tried := trials.trial_rows(metrics)),
         trial_models=[(model, MODELS[model]) for model in trials.trial_models(tried)],
         trial_explanation=trials.EXPLANATION,

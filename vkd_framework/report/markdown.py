@@ -123,7 +123,7 @@ def attack_section(metrics: Mapping[str, Any], curves: Sequence[AttackCurve]) ->
     ]
     return [
         "## Relearning attack",
-        findings.ATTACK_EXPLANATION,
+        findings.attack_explanation(metrics),
         *([table(("Figure", "Value", "Meaning"), figures)] if figures else []),
         *(
             [

@@ -61,7 +61,7 @@ def render_model_card(
         *map(escape, findings.summary(metrics)),
         *column_section(metrics),
         "## Relearning attack",
-        findings.ATTACK_EXPLANATION,
+        findings.attack_explanation(metrics),
         *_attack_table(metrics),
         "## Proofs",
         proof_table(metrics),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vkd_framework.report.formatting import ABSENT, NBSP, count, decimal, is_number, percent, percent_range
@@ -18,10 +18,13 @@ class Column:
     meaning: str
 
 
+UNSEEN = "{unseen}"
+"""Stands for what `never_seen` says."""
+
 COLUMNS = (
     Column("forget_vqa", "Forget VQA", "The forgotten people, on the photos that unlearning used."),
-    Column("test_vqa", "Test VQA", "The forgotten people, on photos and phrasings that unlearning never saw."),
-    Column("retain_vqa", "Retain VQA", "Everybody else, on photos and phrasings that unlearning never saw."),
+    Column("test_vqa", "Test VQA", f"The forgotten people, on {UNSEEN} that unlearning never saw."),
+    Column("retain_vqa", "Retain VQA", f"Everybody else, on {UNSEEN} that unlearning never saw."),
     Column("forget_qa", "Forget QA", "The forgotten people, asked in text without a photo."),
     Column("retain_qa", "Retain QA", "Everybody else, asked in text without a photo."),
     Column("realworld_vqa", "Real-world VQA", "What anybody can see, on photos of strangers."),
@@ -118,6 +121,15 @@ def cell_of(metrics: Mapping[str, Any], model: str, column: str) -> Mapping[str,
     return (metrics.get("models", {}).get(model) or {}).get(column) or {}
 
 
+def never_seen(metrics: Mapping[str, Any], column: str) -> str:
+    """What was new in a column to the model that had unlearned: photos, phrasings, both, or only the two together.
+
+    A run of a version that did not tell has new photos, and maybe old phrasings.
+    """
+    found = (metrics.get("unseen") or {}).get(column, ("photos",))
+    return " and ".join(found) or "pairs of photo and question"
+
+
 def measured_models(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     """The known models that `metrics` has figures for."""
     return tuple(model for model in MODELS if metrics.get("models", {}).get(model))
@@ -150,7 +162,8 @@ def column_rows(metrics: Mapping[str, Any]) -> list[Row]:
         cells = [(model, cell_of(metrics, model, column.key)) for model in models]
         figures = tuple(Figures(model, cell) for model, cell in cells if cell)
         if figures:
-            rows.append(Row(column, figures))
+            meaning = column.meaning.replace(UNSEEN, never_seen(metrics, column.key))
+            rows.append(Row(replace(column, meaning=meaning), figures))
     return rows
 
 

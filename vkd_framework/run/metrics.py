@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vkd_framework import attacks, relearn
+from vkd_framework.answers import normalise
 from vkd_framework.checkpoint import Stages
 from vkd_framework.recipe import Recipe
 from vkd_framework.run.measurements import TAUGHT
@@ -46,6 +47,7 @@ def metrics_of(
         "train": list(recipe.train),
         "seed": recipe.seed,
         "models": cells,
+        "unseen": unseen(splits),
         **({"taught": {"test_vqa_all_people": taught}} if taught else {}),
         "proofs": outcome["proofs"],
         "relearn": relearn.summarise(curves, cells["vanilla"]["test_vqa"]["exact_match"], splits.columns["test_vqa"]),
@@ -56,6 +58,25 @@ def metrics_of(
         "cost": cost,
     }
     return {**metrics, "verdict": asdict(verdict(metrics))}
+
+
+def unseen(splits: Splits) -> dict[str, list[str]]:
+    """What unlearning never saw of the columns that are measured as unseen: `photos`, `phrasings`, both or neither.
+
+    Phrasings count when no question of the column was trained on, about whomever.
+    """
+    trained = (*splits.forget, *splits.retain)
+    photos = {key for pair in trained for key in pair.photo_keys}
+    questions = {normalise(pair.question) for pair in trained}
+    found = {}
+    for column in ("test_vqa", "retain_vqa"):
+        pairs = splits.columns.get(column, ())
+        new = {
+            "photos": all(photos.isdisjoint(pair.photo_keys) for pair in pairs),
+            "phrasings": all(normalise(pair.question) not in questions for pair in pairs),
+        }
+        found[column] = [what for what, is_new in new.items() if is_new]
+    return found
 
 
 def cost_of(
