@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from reported import HISTORY, NAME, Page, cell, page, sample, text_page
+from reported import HISTORY, NAME, NASTY, Page, cell, page, sample, text_page
 
 from vkd_framework.report import render_model_card, terminal_table, verdict_text
 from vkd_framework.report.attack import gather_attacks
 from vkd_framework.report.charts import attack_chart, history_table, history_terms, nice_ticks
 from vkd_framework.report.findings import attack_sentence, cost_rows, proof_rows, summary
-from vkd_framework.report.formatting import duration, percent, points, size
+from vkd_framework.report.formatting import ABSENT, duration, percent, points, size
 from vkd_framework.report.gallery import ANSWERS_PER_PERSON, PEOPLE_SHOWN, build_gallery
+from vkd_framework.report.people import people_rows
 from vkd_framework.report.trials import over_forgotten_sentence, trial_models, trial_rows
-from vkd_framework.types import AttackCurve, Sample
+from vkd_framework.types import AttackCurve, Sample, Splits
 
 
 def test_the_summary_states_the_numbers_and_names_no_success(metrics: dict[str, Any]) -> None:
@@ -130,6 +132,30 @@ def test_what_vanilla_was_taught_stands_below_the_columns_when_known(metrics: di
     words = Page(page(metrics)).words
     assert words.index("Forget QA The") < words.index("Vanilla knows everybody: asked about all people")
     assert "Vanilla knows everybody" in text_page(metrics)
+
+
+def test_each_forgotten_person_has_a_row_of_their_own(metrics: dict[str, Any], splits: Splits) -> None:
+    still_known, gone = splits.forget_subjects
+    asked = splits.columns["test_vqa"]
+    before = [pair.answer for pair in asked]
+    after = [pair.answer if pair.subject == still_known else "no idea" for pair in asked]
+    columns = {model: {"test_vqa": {"answers": given}} for model, given in (("vanilla", before), ("unlearned", after))}
+    rows = people_rows(splits, columns)
+    trained, n = len(splits.forget) // 2, len(asked) // 2
+    everything, nothing = "100.0\N{NO-BREAK SPACE}%", "0.0\N{NO-BREAK SPACE}%"
+    assert rows == [
+        (still_known, str(trained), str(n), everything, everything),
+        (gone, str(trained), str(n), everything, nothing),
+    ]
+    unmeasured = replace(splits, columns={"test_vqa": ()}, forget_subjects=(NASTY,))
+    nobody = {model: {"test_vqa": {"answers": []}} for model in columns}
+    assert people_rows(unmeasured, nobody) == [(NASTY, "0", "0", ABSENT, ABSENT)]
+    rows += people_rows(unmeasured, nobody)
+    shown = Page(page(metrics, people=rows))
+    assert shown.mistakes == [] and not shown.every("script")
+    assert "".join(rows[1]) in shown.text
+    assert f"| {gone} | {trained} | {n} | 100.0 % | 0.0 % |" in text_page(metrics, people=rows)
+    assert "Each forgotten person" not in page(metrics) + text_page(metrics)
 
 
 def test_what_the_attacker_had_is_told_and_kept_apart(metrics: dict[str, Any]) -> None:

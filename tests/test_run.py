@@ -226,6 +226,11 @@ def test_history_has_a_line_a_step(finished: Finished) -> None:
 def test_the_report_needs_no_second_file_and_names_the_forgotten(finished: Finished) -> None:
     page = (finished.folder / "report.html").read_text()
     assert "data:image/" in page
+    table = (finished.folder / "report.md").read_text().partition("### Each forgotten person")[2].partition("##")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == CAST["forget"] and all(row[0].removeprefix("| ") in page for row in rows)
+    assert sum(int(row[2]) for row in rows) == finished.metrics["models"]["unlearned"]["test_vqa"]["n"]
+    assert rows[0][0].removeprefix("| ") not in (finished.folder / "model" / "README.md").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "small" in (finished.folder / "report.md").read_text()
 

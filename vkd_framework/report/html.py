@@ -17,6 +17,7 @@ from vkd_framework.report import charts, findings, trials
 from vkd_framework.report.attack import gather_attacks, measured_steps
 from vkd_framework.report.formatting import flatten
 from vkd_framework.report.gallery import Answer, Gallery, Person, build_gallery
+from vkd_framework.report.people import HEADER
 from vkd_framework.report.table import (
     MEASURES,
     MODEL_MEANINGS,
@@ -56,10 +57,12 @@ def render_html(
     environment: Mapping[str, Any],
     recipe_text: str,
     history: Sequence[Mapping[str, Any]] = (),
+    people: Sequence[Sequence[str]] = (),
 ) -> str:
     """The whole report as self-contained HTML.
 
-    `metrics` is the content of `metrics.json` (shares of 1, not per cent), `history` the rows of `history.jsonl`.
+    `metrics` is the content of `metrics.json` (shares of 1, not per cent), `history` the rows of `history.jsonl`,
+    `people` those of `people_rows`.
     """
     attacks = gather_attacks(curves)
     vanilla = cell_of(metrics, "vanilla", "test_vqa").get("exact_match")
@@ -84,6 +87,8 @@ def render_html(
         models=[(MODELS[model], MODEL_MEANINGS[model]) for model in measured_models(metrics)],
         measures=MEASURES,
         taught=taught_sentence(metrics),
+        people_header=HEADER,
+        people=people,
         attacks=attacks,
         attack_groups=[
             (scope, [(attack, charts.attack_chart(attack, vanilla)) for attack in group])

@@ -11,6 +11,7 @@ from vkd_framework.report import charts, findings, trials
 from vkd_framework.report.attack import AttackLine, gather_attacks, measured_steps
 from vkd_framework.report.formatting import flatten
 from vkd_framework.report.gallery import Person, build_gallery
+from vkd_framework.report.people import HEADER
 from vkd_framework.report.table import MEASURES, MODEL_MEANINGS, MODELS, column_rows, measured_models, taught_sentence
 from vkd_framework.types import AttackCurve, Sample
 
@@ -25,6 +26,7 @@ def render_markdown(
     environment: Mapping[str, Any],
     recipe_text: str,
     history: Sequence[Mapping[str, Any]] = (),
+    people: Sequence[Sequence[str]] = (),
 ) -> str:
     """The whole report as Markdown; the arguments are those of `render_html`."""
     sections = [
@@ -36,6 +38,7 @@ def render_markdown(
         *_answers(samples),
         "## Columns",
         *column_section(metrics),
+        *(["### Each forgotten person", table(HEADER, people)] if people else []),
         *attack_section(metrics, curves),
         *trial_section(metrics),
         *_training(history),

@@ -264,10 +264,17 @@ class Run(Measurements):
     def _report(self, metrics: Mapping[str, Any], curves: list[AttackCurve], columns: Mapping[str, Any]) -> None:
         facts = read_json(self.folder / "environment.json")
         samples = report.pick_samples(self.splits, columns)
+        people = report.people_rows(self.splits, columns)
         history = self._history()
         for name, render in (("report.html", report.render_html), ("report.md", report.render_markdown)):
             text = render(
-                metrics, curves, samples, environment=facts, recipe_text=self.recipe.to_yaml(), history=history
+                metrics,
+                curves,
+                samples,
+                environment=facts,
+                recipe_text=self.recipe.to_yaml(),
+                history=history,
+                people=people,
             )
             write_text(self.folder / name, text)
         card = report.render_model_card(
