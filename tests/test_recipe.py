@@ -236,6 +236,30 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, fragment
     assert fragment in refusal(written(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("more", "fragment"),
+    [
+        ("\nseed: 2\n", "line 4: 'seed' is given already, on line 3"),
+        ("\nunlearn:\n  steps: 3\n  clip: 1\n  steps: 4\n", "line 7: 'steps' is given already, on line 5"),
+        ("\nmask: {kind: none, kind: ratio}\n", "line 4: 'kind' is given already, on line 4"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, more: str, fragment: str) -> None:
+    path = written(tmp_path, f"name: mine\nadapter: qwen_vl\nseed: 1{more}")
+    assert f"mine.yaml: {fragment}; keep one of them" in refusal(path)
+
+
+def test_a_key_that_an_override_gives_twice_is_refused(tmp_path: Path) -> None:
+    message = refusal(written(tmp_path), "mask={kind: none, kind: ratio}")
+    assert message.startswith("--set mask={kind: none, kind: ratio}: line 1: 'kind' is given already")
+
+
+def test_a_key_beside_the_ones_that_an_anchor_brings_is_no_second_one(tmp_path: Path) -> None:
+    shared = "for_methods:\n  ga: &ga {unlearn: &few {steps: 5, clip: 2}}\n  npo:\n    unlearn: {<<: *few, steps: 7}\n"
+    path = written(tmp_path, yaml.safe_dump(MINIMAL) + shared)
+    assert load_recipe(str(path), ["method=npo"]).unlearn.steps == 7
+
+
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\xff\xfe\x00name")

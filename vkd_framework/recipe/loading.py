@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from vkd_framework.errors import RecipeError, on_one_line
 from vkd_framework.recipe.for_methods import wrong_entry
 from vkd_framework.recipe.messages import SCHEMA, nearest, one_line
+from vkd_framework.recipe.once import read_yaml
 from vkd_framework.recipe.overrides import overridden, parsed
 from vkd_framework.recipe.whole import Recipe
 
@@ -45,9 +46,11 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe. Raises RecipeError with one line that names the place and the mend."""
     path = find_recipe(reference)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {on_one_line(error)}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
     _anchor_paths(raw, path.resolve().parent)

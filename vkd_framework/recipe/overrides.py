@@ -10,6 +10,7 @@ import yaml
 
 from vkd_framework import methods
 from vkd_framework.errors import RecipeError
+from vkd_framework.recipe.once import read_yaml
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ def parsed(text: str) -> Override:
     if not equals or not key.strip():
         raise RecipeError(f"--set {text}: write it as key=value, for example --set losses.repel.weight=0")
     try:
-        return Override(text, tuple(key.strip().split(".")), yaml.safe_load(value))
+        return Override(text, tuple(key.strip().split(".")), read_yaml(value))
     except yaml.YAMLError:
         raise RecipeError(f"--set {text}: the value is not valid YAML; quote it, or write a list as [a, b]") from None
+    except RecipeError as error:
+        raise RecipeError(f"--set {text}: {error}") from None
 
 
 def overridden(raw: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
