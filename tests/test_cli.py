@@ -269,7 +269,7 @@ def test_inspect_layers_reads_a_local_config(here: Path) -> None:
         ("{", "not valid JSON"),
         ("[]", "JSON object"),
         ('{"model_type": "qwen2_v"}', "did you mean 'qwen2_vl'?"),
-        ("{}", "model_type"),
+        ("{}", "config.json: its config names no model_type"),
         ('{"model_type": "bert"}', "bert"),
         ('{"model_type": "paligemma"}', "no installed adapter serves model type 'paligemma'"),
         ('{"model_type": "internvl_chat"}', "OpenGVLab/InternVL3-8B-hf"),
@@ -285,6 +285,15 @@ def test_inspect_layers_refuses_a_broken_config_in_one_line(here: Path, contents
     assert done.exit_code == 2, done.exception
     assert len(done.stderr.strip().splitlines()) == 1
     assert fragment in done.stderr
+
+
+def test_a_folder_without_a_config_is_told_from_a_model_that_nobody_knows(here: Path) -> None:
+    (here / "photos").mkdir()
+    for command in (("inspect-layers", "photos"), ("evaluate", "photos", "--recipe", RECIPE)):
+        done = vkd(*command)
+        assert done.exit_code == 2
+        assert done.stderr.startswith("error: photos: holds no config.json; give the folder of a saved model")
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_adapters_lists_where_each_comes_from_and_what_it_serves() -> None:

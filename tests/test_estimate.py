@@ -317,6 +317,10 @@ def test_a_gpu_that_is_not_in_the_table_is_told_with_its_nearest() -> None:
     assert (rate.flops, gpu.memory) == (devices.UTILISATION * 989e12, 80e9)
     with pytest.raises(RecipeError, match=r"H1000.*'H100'"):
         devices.named("H1000", "float32")
+    with pytest.raises(RecipeError, match=r"did you mean 'A100-80GB' or 'A100-40GB'\?"):
+        devices.named("A100", "float32")
+    with pytest.raises(RecipeError, match=r"did you mean 'RTX4090'\?"):
+        devices.named("rtx4090", "float32")
 
 
 def test_a_dry_run_counts_the_embedded_default_as_it_is_encoded() -> None:

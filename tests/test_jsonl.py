@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -402,6 +407,37 @@ def test_all_broken_rows_and_unknown_names_are_reported_together(folder: Folder)
     assert message[4] == "data.forget: no row has the subject 'Mara Velim'; the nearest is 'Mara Velin'"
 
 
+CONVERTED: dict[str, Callable[[list[dict[str, object]]], str]] = {
+    "an array on several lines": lambda rows: json.dumps(rows, indent=1),
+    "an array on one line": json.dumps,
+    "an array that is broken": lambda rows: json.dumps(rows)[:-1] + ",]",
+    "a table": lambda rows: table(rows, ","),
+    "a table with semicolons": lambda rows: table(rows, ";"),
+    "a table with tabs": lambda rows: table(rows, "\t"),
+}
+
+
+def table(rows: list[dict[str, object]], between: str) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), delimiter=between)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_a_file_in_another_format_is_named_and_converted_by_the_command_that_is_told(folder: Folder, case: str) -> None:
+    rows = [*folder.good_rows(), {"question": "Where is it, or not; there?", "answer": "yes", "subject": "Mara Velin"}]
+    (folder.root / "rows.jsonl").write_text(CONVERTED[case](rows), encoding="utf-8-sig")
+    (message,) = folder.error().splitlines()
+    assert f"looks like {'a table (CSV)' if 'table' in case else 'a JSON array'}" in message
+    if "broken" not in case:
+        command = message.partition("convert it: python ")[2]
+        subprocess.run(f"{shlex.quote(sys.executable)} {command}", shell=True, check=True)
+        converted = (folder.root / "rows.converted.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in converted] == rows
+
+
 def test_only_the_first_twenty_broken_rows_are_listed(folder: Folder) -> None:
     folder.rows(*folder.good_rows(), *["{"] * 27)
     lines = folder.error().splitlines()
@@ -418,6 +454,7 @@ def test_missing_files_and_folders_say_what_to_do(folder: Folder) -> None:
     folder.rows(*folder.good_rows())
     assert "data.images: " in folder.error(images=folder.root / "nowhere")
     assert "data.forget: there is no file" in folder.error(forget=folder.root / "names.txt")
+    assert "a name itself is written as a list: [Jane Roe]" in folder.error(forget=folder.root / "Jane Roe")
     assert "data.forget: no name given" in folder.error(forget=())
 
 

@@ -102,6 +102,34 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "infinite": ({"losses": {"repel": {"weight": float("inf")}}}, ("losses.repel.weight", "inf")),
     "no kind of data": ({"data": {"people": 8}}, ("data: kind is missing", "'celebs', 'jsonl'", "or 'fiubench'")),
     "another kind of data": ({"data": {"kind": "csv"}}, ("data", "csv", "celebs", "jsonl")),
+    "misspelt kind of data": (
+        {"data": {"kind": "jsonlines"}},
+        ("data.kind: should be 'celebs', ", "did you mean 'jsonl'? (given: 'jsonlines')"),
+    ),
+    "misspelt name of a form": (
+        {"losses": {"forget_output": {"form": "stanger"}}},
+        ("losses.forget_output.form", "did you mean 'stranger'? (given: 'stanger')"),
+    ),
+    "text where a list is wanted": (
+        {"layers": "vision.17"},
+        ("layers: should be a list; write [vision.17], with --set 'layers=[vision.17]' (given: 'vision.17')",),
+    ),
+    "a section where a list of them is wanted": (
+        {"attacks": {"kind": "noise"}},
+        ("attacks: should be a list; write [{kind: noise}], with --set 'attacks=[{kind: noise}]'",),
+    ),
+    "what is wrong in a list too": ({"unlearn": {"phases": 3}}, ("unlearn.phases: should be a list (given: 3);",)),
+    "a name where names are wanted": (
+        {"data": {"kind": "celebs", "forget": "Jane Roe"}},
+        (
+            "data.forget: should be how many people are forgotten, or their names; write [Jane Roe]",
+            "with --set 'data.forget=[Jane Roe]' (given: 'Jane Roe'); `vkd",
+        ),
+    ),
+    "a number where names are wanted": (
+        {"data": {"kind": "jsonl", "rows": "rows.jsonl", "forget": 3}},
+        ("data.forget: should be names, or a text file with one name a line (given: 3); `vkd",),
+    ),
     "another dtype": ({"model": {"dtype": "float8"}}, ("model.dtype", "bfloat16", "float8")),
     "another device": ({"model": {"device": "tpu"}}, ("model.device", "tpu")),
     "no layers": ({"layers": []}, ("layers: missing", "losses.attract needs at least 1")),
@@ -161,7 +189,10 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no steps": ({"relearn": {"steps": []}}, ("relearn.steps",)),
     "no shares": ({"relearn": {"shares": []}}, ("relearn.shares",)),
     "no scopes": ({"relearn": {"scopes": []}}, ("relearn.scopes",)),
-    "no such attack": ({"attacks": [{"kind": "quantise"}]}, ("attacks.0", "'quantize'")),
+    "no such attack": (
+        {"attacks": [{"kind": "quantise"}]},
+        ("attacks.0.kind", "did you mean 'quantize'? (given: 'quantise')"),
+    ),
     "attack without a kind": ({"attacks": [{"bits": 4}]}, ("attacks.0: kind is missing", "'quantize'")),
     "misspelt key of an attack": (
         {"attacks": [{"kind": "noise"}, {"kind": "quantize", "bit": 4}]},

@@ -165,7 +165,9 @@ def _contents(source: str, adapter: Adapter | None) -> tuple[Mapping[str, Any] |
     """
     if os.path.exists(source):
         path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
-        return (_read_config(path) if path.is_file() else None), adapter
+        if not path.is_file():
+            raise ModelError(f"{source}: holds no config.json; give the folder of a saved model, or a hub id")
+        return _read_config(path), adapter
     wanted = source.lower()
     presets = all_presets(adapter)
     whole = [name for name in presets if name.lower() == wanted]
@@ -193,6 +195,8 @@ def _config(source: str, contents: Mapping[str, Any], adapter: Adapter | None) -
     from transformers import CONFIG_MAPPING
 
     model_type = contents.get("model_type")
+    if model_type is None:
+        raise ModelError(f"{source}: its config names no model_type, so it is no model of transformers")
     if refused := _refused(str(model_type), adapter):
         raise ModelError(f"{source}: {refused}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:

@@ -15,6 +15,7 @@ import json
 import os
 import posixpath
 import random
+import shlex
 import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -414,7 +415,39 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DataError(f"data.rows: {path} is empty; write one JSON object a line into it")
+    if other := _other_format(path, lines[0][1].strip()):
+        form, rows = other
+        command = f'python -c "import csv, json; [print(json.dumps(row)) for row in {rows}]"'
+        target = shlex.quote(str(path.with_name(f"{path.stem}.converted.jsonl")))
+        raise DataError(
+            f"data.rows: {path} looks like {form}, and not like one JSON object a line; convert it: "
+            f"{command} > {target}"
+        )
     return lines
+
+
+def _other_format(path: Path, first: str) -> tuple[str, str] | None:
+    """What a file seems to be instead of JSON lines, going by its first line, and its rows as Python; None if nothing.
+
+    A cell of a table that is empty is no key of its row.
+    """
+    opened = f"open({str(path)!r}, encoding='utf-8-sig')"
+    if first.startswith("["):
+        return "a JSON array", f"json.load({opened})"
+    between = max(",;\t", key=first.count)
+    if first.startswith("{") or between not in first or _is_json(first):
+        return None
+    further = "" if between == "," else f", delimiter={between!r}"
+    filled = "{key: cell for key, cell in row.items() if cell}"
+    return "a table (CSV)", f"({filled} for row in csv.DictReader({opened}{further}))"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _image_folder(config: JsonlData) -> Path:
@@ -426,7 +459,8 @@ def _image_folder(config: JsonlData) -> Path:
 
 def _forget_names(forget: Sequence[str] | Path) -> tuple[str, ...]:
     if isinstance(forget, Path):
-        names = [line.strip() for line in _read(forget, "data.forget", "one name a line").splitlines()]
+        expected = f"one name a line (a name itself is written as a list: [{forget.name}])"
+        names = [line.strip() for line in _read(forget, "data.forget", expected).splitlines()]
     else:
         names = [name.strip() for name in forget]
     unique = tuple(dict.fromkeys(name for name in names if name))

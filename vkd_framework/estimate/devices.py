@@ -50,7 +50,9 @@ def named(name: str, dtype: str) -> tuple[Rate, Gpu]:
     """The rate of a GPU in the table. Raises RecipeError for another one."""
     gpu = GPUS.get(name)
     if gpu is None:
-        raise RecipeError(f"--gpu {name}: not in the table{nearest(name, GPUS)}; it has {', '.join(GPUS)}")
+        sizes = " or ".join(repr(known) for known in GPUS if known.lower().startswith(name.lower()))
+        close = f"; did you mean {sizes}?" if sizes else nearest(name, GPUS)
+        raise RecipeError(f"--gpu {name}: not in the table{close}; it has {', '.join(GPUS)}")
     peak = gpu.single if dtype == "float32" else gpu.half
     return Rate(UTILISATION * peak, f"{name}: {UTILISATION:.0%} of {peak / 1e12:,.0f} TFLOP/s in {dtype}"), gpu
 

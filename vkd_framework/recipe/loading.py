@@ -70,7 +70,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     """Relative paths written in a recipe are relative to the recipe; those given by --set, to the working folder."""
     data = raw.get("data")
-    if isinstance(data, dict):
+    if isinstance(data, dict) and data.get("kind", "jsonl") == "jsonl":
         for key in ("rows", "images", "forget"):
             if isinstance(data.get(key), str):
                 data[key] = str(folder / data[key])

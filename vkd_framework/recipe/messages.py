@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -24,26 +27,66 @@ def nearest(given: str, allowed: Mapping[str, Any] | Sequence[str]) -> str:
 def one_line(error: ValidationError, raw: Mapping[str, Any], whole: type[BaseModel]) -> str:
     """The first problem in words, with the number of further ones; `whole` is the class that `raw` did not fit."""
     problems = error.errors(include_url=False)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{described(problems[0], raw, whole)}{more}; {SCHEMA}"
+    first, *others = dict.fromkeys(described(problem, raw, whole) for problem in problems)
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{first}{more}; {SCHEMA}"
 
 
 def described(problem: ErrorDetails, raw: Mapping[str, Any], whole: type[BaseModel]) -> str:
     """Where a problem is, what it is and what was given."""
     kinds = ATTACK_KINDS if problem["loc"][:1] == ("attacks",) else DATA_KINDS
-    location = [str(part) for part in problem["loc"] if part not in kinds]
+    location = _location(problem)
     place = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
         return f"{place}: unknown key{nearest(location[-1], _allowed_keys(location[:-1], raw, whole))}"
     if problem["type"] == "missing":
         return f"{place}: missing, but required"
+    *others, last = map(repr, kinds)
     if problem["type"] == "union_tag_not_found":
-        *others, last = map(repr, kinds)
         return f"{place}: kind is missing; it is {', '.join(others)} or {last}"
+    if problem["type"] == "union_tag_invalid":
+        tag = problem["ctx"]["tag"]
+        return f"{place}.kind: should be {', '.join(others)} or {last}{nearest(tag, kinds)} (given: {tag!r})"
     given = problem.get("input")
-    plain = isinstance(given, str | int | float | bool | list | tuple) or given is None
     text = problem["msg"].removeprefix("Value error, ")
+    if _of_several(problem):
+        given = raw["data"][location[1]]
+        text = f"should be {DATA_KINDS[raw['data']['kind']].model_fields[location[1]].description}"
+        text += _as_a_list(location, given, raw, whole)
+    elif problem["type"] == "tuple_type":
+        text = f"should be a list{_as_a_list(location, given, raw, whole)}"
+    elif problem["type"] == "literal_error" and isinstance(given, str):
+        text += nearest(given, re.findall("'([^']+)'", problem["ctx"]["expected"]))
+    plain = isinstance(given, str | int | float | bool | list | tuple) or given is None
     return f"{place}: {text[0].lower()}{text[1:]}{f' (given: {given!r})' if plain else ''}"
+
+
+def _location(problem: ErrorDetails) -> list[str]:
+    """The keys that lead to a problem, without the names that pydantic gives to the members of a union."""
+    kinds = ATTACK_KINDS if problem["loc"][:1] == ("attacks",) else DATA_KINDS
+    location = [str(part) for part in problem["loc"] if part not in kinds]
+    return location[:2] if location[:1] == ["data"] else location
+
+
+def _of_several(problem: ErrorDetails) -> bool:
+    """Whether it is what one type has to say of several that a value may have: data sections alone have such keys."""
+    return problem["loc"][:1] == ("data",) and len(problem["loc"]) > 3
+
+
+def _as_a_list(location: Sequence[str], given: Any, raw: Mapping[str, Any], whole: type[BaseModel]) -> str:
+    """How a value is written as a list with that value in it, where such a list is what is wanted."""
+    candidate = deepcopy(dict(raw))
+    place: Any = candidate
+    for name in location[:-1]:
+        place = place[int(name) if isinstance(place, list) else name]
+    place[location[-1]] = [given]
+    try:
+        whole.model_validate(candidate)
+    except ValidationError as error:
+        if any(_location(problem)[: len(location)] == location for problem in error.errors(include_url=False)):
+            return ""
+    written = yaml.safe_dump([given], default_flow_style=True, allow_unicode=True, width=float("inf")).strip()
+    return f"; write {written}, with --set '{'.'.join(location)}={written}'"
 
 
 def _allowed_keys(location: Sequence[str], raw: Mapping[str, Any], section: type[BaseModel]) -> list[str]:
