@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CAST, make_recipe, texts_of
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from vkd_framework.errors import RecipeError
@@ -22,7 +26,8 @@ from vkd_framework.estimate.text import against, text
 from vkd_framework.estimate.tokens import Tokens, assumed, of_batch
 from vkd_framework.layers_table import describe
 from vkd_framework.plugins import MLLM, load_adapter, trainable
-from vkd_framework.recipe import Recipe
+from vkd_framework.recipe import EVERY_ATTACK, Recipe
+from vkd_framework.recipe.overrides import parsed
 from vkd_framework.run import dry_run
 from vkd_framework.types import PARTS, Part, Splits
 
@@ -235,19 +240,26 @@ def test_tokens_of_a_published_model_are_assumed_from_its_config() -> None:
     assert "assumed" in str(qwen)
 
 
-def test_advice_goes_from_cheap_to_dear_and_ends_when_it_fits() -> None:
-    settings = {"layers": ["vision.31"], "model": {"source": "Qwen/Qwen2-VL-7B-Instruct"}, "teach": None}
+def estimating(**settings: Any) -> Callable[[tuple[str, ...]], Estimate]:
+    """What `advise` asks: the estimate of a 7B recipe with these settings and further overrides."""
+    base = {"layers": ["vision.31"], "model": {"source": "Qwen/Qwen2-VL-7B-Instruct"}, "teach": None, **settings}
+    anatomy = describe("Qwen/Qwen2-VL-7B-Instruct", load_adapter("qwen_vl"))
 
     def again(overrides: tuple[str, ...]) -> Estimate:
-        changed: dict[str, Any] = json.loads(json.dumps(settings))
-        for key, _, value in (override.partition("=") for override in overrides):
-            section, _, name = key.partition(".")
-            if name:
-                changed.setdefault(section, {})[name] = [value.strip("[]")] if "[" in value else value
-            else:
-                changed[section] = [value.strip("[]")]
-        return of_7b(make_recipe(**changed))
+        changed: dict[str, Any] = json.loads(json.dumps(base))
+        for override in overrides:
+            parsed(override).apply(changed)
+        try:
+            recipe = make_recipe(**changed)
+        except ValidationError as error:
+            raise RecipeError(str(error)) from error
+        return estimate(recipe, anatomy, assumed(anatomy), RATE)
 
+    return again
+
+
+def test_advice_goes_from_cheap_to_dear_and_ends_when_it_fits() -> None:
+    again = estimating()
     first = again(())
     changes = advise(first, 60e9, again)
     assert changes[0].settings == {"model.dtype": "bfloat16"}
@@ -259,6 +271,44 @@ def test_advice_goes_from_cheap_to_dear_and_ends_when_it_fits() -> None:
     assert advise(first, first.peak.bytes, again) == []
     too_little = advise(first, 1e9, again)
     assert "that is not enough" in text(first, limit=1e9, changes=too_little)
+
+
+def test_a_batch_is_halved_until_the_half_is_less_than_what_holds_most() -> None:
+    again = estimating(
+        model={"source": "Qwen/Qwen2-VL-7B-Instruct", "dtype": "bfloat16"},
+        unlearn={"forget_batch": 16, "retain_batch": 32},
+        losses={"retain_output": {"share": 0.125}},
+        relearn={"scopes": ["visual"], "batch_size": 1},
+        evaluate={"batch_size": 1},
+    )
+    first = again(())
+    assert first.peak.name == "unlearn"
+    assert again(("unlearn.micro_batch=16",)).peak.bytes == first.peak.bytes
+    assert advise(first, 0.99 * first.peak.bytes, again)[0].settings == {"unlearn.micro_batch": "8"}
+
+
+def test_advice_holds_nothing_that_it_can_do_without() -> None:
+    again = estimating()
+    first = again(())
+    for limit in (20e9, 24e9, 40e9, 80e9):
+        changes = advise(first, limit, again)
+        assert changes[-1].then.peak.bytes <= limit
+        for change in changes:
+            rest = {key: value for other in changes if other is not change for key, value in other.settings.items()}
+            with suppress(RecipeError):  # an int8 language model needs what was changed before it
+                assert again(tuple(f"{key}={value}" for key, value in rest.items())).peak.bytes > limit, change.flags
+
+
+def test_a_language_model_in_8_bits_is_advised_where_nothing_cheaper_is_enough() -> None:
+    again = estimating()
+    changes = advise(again(()), 20e9, again)
+    (rounded,) = [change for change in changes if "model.quantize" in change.settings]
+    assert "int8" in rounded.flags and "attacks" in rounded.settings
+    recipe = changes[-1].then.recipe
+    assert (recipe.model.quantize, recipe.relearn.scopes) == ("int8", ("visual",))
+    assert [attack.kind for attack in recipe.attacks] == [a.kind for a in EVERY_ATTACK if a.kind != "quantize"]
+    assert shlex.split(rounded.flags)[1] == "model.quantize=int8"
+    assert not any("model.quantize" in change.settings for change in advise(again(()), 60e9, again))
 
 
 def test_a_batch_in_parts_takes_the_memory_of_a_part_and_the_work_of_the_whole() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+
+import yaml
 
 from vkd_framework.errors import RecipeError
 from vkd_framework.estimate import Estimate
@@ -25,13 +29,17 @@ class Change:
     @property
     def flags(self) -> str:
         """The settings as they are given to `vkd run`."""
-        return " ".join(f"--set {setting}" for setting in _settings(self.settings))
+        return " ".join(f"--set {shlex.quote(setting)}" for setting in _settings(self.settings))
 
 
-def advise(found: Estimate, limit: float, again: Callable[[tuple[str, ...]], Estimate]) -> list[Change]:
+Again = Callable[[tuple[str, ...]], Estimate]
+"""Estimates the recipe with further `--set` values. Raises RecipeError where they do not go together."""
+
+
+def advise(found: Estimate, limit: float, again: Again) -> list[Change]:
     """The changes that lower the peak, one after the other, until it is below `limit` bytes or nothing is left.
 
-    `again` estimates the recipe with further `--set` values.
+    When the run fits in the end, changes without which it fits as well are left out.
     """
     taken: dict[str, str] = {}
     changes: list[Change] = []
@@ -40,15 +48,37 @@ def advise(found: Estimate, limit: float, again: Callable[[tuple[str, ...]], Est
         if changes and changes[-1].price == change.price:
             change = replace(change, settings=changes.pop().settings | change.settings)
         changes.append(change)
-    return changes
+    return _needed(changes, limit, again) if found.peak.bytes <= limit else changes
 
 
-def _next(found: Estimate, taken: dict[str, str], again: Callable[[tuple[str, ...]], Estimate]) -> Change | None:
-    """The cheapest change that lowers the peak; None when none does."""
+def _needed(changes: Sequence[Change], limit: float, again: Again) -> list[Change]:
+    """The changes without those that can be done without, the dearest first, each with its estimate anew."""
+    prices = [price for _, price in CHANGES]
+    kept = list(changes)
+    for change in sorted(changes, key=lambda change: prices.index(change.price), reverse=True):
+        rest = [other for other in kept if other is not change]
+        with suppress(RecipeError):  # what is left may need it
+            if again(_together(rest)).peak.bytes <= limit:
+                kept = rest
+    return [replace(change, then=again(_together(kept[: at + 1]))) for at, change in enumerate(kept)]
+
+
+def _together(changes: Sequence[Change]) -> tuple[str, ...]:
+    return _settings({key: value for change in changes for key, value in change.settings.items()})
+
+
+def _next(found: Estimate, taken: dict[str, str], again: Again) -> Change | None:
+    """The cheapest change that lowers the peak, halved until it does; None when none does."""
     for ask, price in CHANGES:
-        wanted = dict(setting.split("=", 1) for setting in ask(found.recipe, found.peak.name))
-        if wanted and (then := again(_settings(taken | wanted))).peak.bytes < found.peak.bytes:
-            return Change(wanted, price, then)
+        wanted: dict[str, str] = {}
+        then = found
+        while further := dict(setting.split("=", 1) for setting in ask(then.recipe, found.peak.name)):
+            if further.items() <= wanted.items():
+                break
+            wanted |= further
+            then = again(_settings(taken | wanted))
+            if then.peak.bytes < found.peak.bytes:
+                return Change(wanted, price, then)
     return None
 
 
@@ -131,6 +161,19 @@ def _relearn_scopes(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("relearn.scopes=[visual]",) if stage == "relearn, full" else ()
 
 
+def _eight_bits(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """The language model in 8 bits, and away with what would tune or round it."""
+    if recipe.model.quantize is not None or "language_model" in recipe.train:
+        return ()
+    rank = _attacker_rank(recipe, "unlearn")
+    scopes = ("relearn.scopes=[visual]",) if "full" in recipe.relearn.scopes else ()
+    left = [attack.model_dump(mode="json", exclude_defaults=True) for attack in recipe.attacks]
+    left = [attack for attack in left if attack["kind"] != "quantize"]
+    written = yaml.safe_dump(left, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
+    attacks = (f"attacks={written}",) if len(left) < len(recipe.attacks) else ()
+    return ("model.quantize=int8", *rank, *scopes, *attacks)
+
+
 def _projector(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("train=[projector]",) if stage == "unlearn" and tuple(recipe.train) != ("projector",) else ()
 
@@ -151,6 +194,7 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_relearn_batch, "a somewhat weaker attack"),
     (_masters, "small steps are rounded away, and many weights stand still"),
     (_relearn_scopes, "does not measure the attack on every weight"),
+    (_eight_bits, "everything is measured with a rounded language model, and no attack tunes it"),
     (_projector, "forgets less"),
 )
 """What may be changed, given the recipe and the stage that holds most, and what that costs; the cheapest first."""

@@ -53,9 +53,7 @@ def fitting(found: Estimate, limit: float, changes: Sequence[Change]) -> list[st
         speed = f", {seconds(then.step_seconds)} a step" if then.passes else ""
         lines.append(f"         {change.flags}: {size(then.peak.bytes)} (`{then.peak.name}`){speed}; {change.price}")
     if not changes or changes[-1].then.peak.bytes > limit:
-        frozen = found.recipe.model.quantize is None and "language_model" not in found.recipe.train
-        rounded = "hold the frozen language model in 8 bits (docs/scaling.md), or " if frozen else ""
-        lines.append(f"         that is not enough; {rounded}take a smaller model")
+        lines.append("         that is not enough; take a smaller model")
     return lines
 
 
