@@ -251,6 +251,23 @@ def test_without_methods_all_that_the_recipe_can_be_run_with_are_taken(
         plan([bench.recipe], ["picky"], [3], [], tmp_path, said.append)
 
 
+def test_a_setting_that_one_of_the_methods_reads_changes_that_one_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+    chosen = ["vkd", "npo", "vkd"]
+    found = plan(
+        ["qwen2vl_celeb"], chosen, [0], ["losses.forget_output.beta=1", "unlearn.steps=3"], tmp_path, said.append
+    )
+    assert {cell.method: cell.overrides[2:] for cell in found} == {
+        "vkd": ("unlearn.steps=3",),
+        "npo": ("losses.forget_output.beta=1", "unlearn.steps=3"),
+    }
+    assert said == ["method vkd does not read --set losses.forget_output.beta=1, and does without it"]
+    with pytest.raises(RecipeError, match=r"^--set prune\.share=0\.1: prune\.share goes with procedure: prune"):
+        plan(["qwen2vl_celeb"], chosen, [0], ["prune.share=0.1"], tmp_path, said.append)
+    every = plan(["qwen2vl_celeb"], None, [0], ["prune.share=0.1"], tmp_path, said.append)
+    assert len(every) == len(methods.METHODS)
+
+
 WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no such recipe": (["smal"], ("smal: no such recipe file",)),
     "no such method": (["qwen2vl_celeb", "--methods", "vkd,vkd_papr"], ("--methods vkd_papr", "'vkd_paper'")),

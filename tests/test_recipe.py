@@ -67,7 +67,7 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "random weights of the model itself": (
         {"teacher": {"weights": "random"}},
-        ("teacher: weights: random goes with kind: external",),
+        ("teacher.weights goes with teacher.kind: external, and it is self here",),
     ),
     "ignorant without the reference": (
         {"teacher": {"kind": "ignorant", "source": "retain_only"}},
@@ -336,6 +336,68 @@ def test_a_broken_override_is_one_line_that_names_place_and_mend(
     message = refusal(written(tmp_path, reference="none"), override)
     for fragment in fragments:
         assert fragment in message
+
+
+UNREAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "a density of no mask": (("mask.density=0.5",), "mask.density goes with mask.kind: ratio or salun or random"),
+    "a section of no mask": (("mask={kind: none, scope: all}",), "mask.scope goes with mask.kind"),
+    "text of a random mask": (
+        ("mask={kind: random, density: 0.5, preserve: retain_and_text}",),
+        "mask.preserve goes with mask.kind: ratio, and it is random here; set that, or leave mask.preserve out",
+    ),
+    "a cap of another form": (
+        ("losses.forget_output.cap=3",),
+        "losses.forget_output.cap goes with losses.forget_output.form: capped_ascent, and it is stranger here",
+    ),
+    "a beta before its form is changed": (("losses.forget_output.beta=1", "losses.forget_output.form=ascent"), "beta"),
+    "a target of no weight": (
+        ("losses.repel.target=stranger",),
+        "losses.repel.target goes with a losses.repel.weight above 0, and it is 0.0 here",
+    ),
+    "a share that nothing is pruned with": (("method=ga", "prune.share=0.1"), "prune.share goes with procedure: prune"),
+    "weights of the model's own features": (("teacher.weights=random",), "teacher.weights goes with teacher.kind"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_an_override_that_nothing_reads_is_refused_with_what_would_read_it(tmp_path: Path, case: str) -> None:
+    overrides, fragment = UNREAD[case]
+    message = refusal(written(tmp_path), *overrides)
+    assert fragment in message and message.startswith(tuple(f"--set {override}: " for override in overrides))
+
+
+def test_a_setting_of_a_recipe_that_nothing_reads_is_refused_where_it_is_written(tmp_path: Path) -> None:
+    path = written(tmp_path, mask={"density": 0.5})
+    assert refusal(path).startswith(f"{path}: mask.density goes with mask.kind")
+    path = written(tmp_path, for_methods={"ga": {"losses": {"forget_output": {"beta": 0.2}}}})
+    assert refusal(path, "method=ga").startswith(f"{path}: for_methods.ga: losses.forget_output.beta goes with")
+
+
+READ: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "what an override switches off": (
+        {"mask": {"kind": "ratio", "density": 0.5, "scope": "all"}, "losses": {"repel": {"weight": 1, "cap": 3}}},
+        ("mask.kind=none", "losses.repel.weight=0"),
+    ),
+    "what belongs to another method": ({"method": "manu", "prune": {"share": 0.1}}, ("method=ga",)),
+    "what a method has itself": ({"method": "vkd_paper"}, ("losses.forget_output.form=npo", "mask.kind=none")),
+    "a default that is spelt out": ({"mask": {"density": None}}, ("losses.forget_output.beta=0.4",)),
+    "layers of another model for a method without features": ({}, ("method=ga", "layers=[vision.2]")),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_a_setting_that_was_not_given_beside_what_cannot_read_it_is_no_mistake(tmp_path: Path, case: str) -> None:
+    changes, overrides = READ[case]
+    recipe = load_recipe(str(written(tmp_path, **changes)), overrides)
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(str(resolved)) == recipe
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_every_shipped_recipe_can_be_run_with_every_method_that_trains(name: str) -> None:
+    for method in METHODS.keys() - {"retain_only"}:
+        assert load_recipe(name, [f"method={method}"]).method == method
 
 
 def test_an_override_below_a_section_that_is_switched_off_is_explained(tmp_path: Path) -> None:

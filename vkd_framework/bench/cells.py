@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from vkd_framework import methods
 from vkd_framework.bench.records import METRICS, Record, read
 from vkd_framework.errors import RecipeError
-from vkd_framework.recipe import nearest
+from vkd_framework.recipe import nearest, overrides_without_effect
 from vkd_framework.run import checked, recipe_of
 
 CHOSEN = {"method": "--methods", "seed": "--seeds"}
@@ -93,7 +93,8 @@ def plan(
 ) -> list[Cell]:
     """Every cell, seed by seed, so that all methods can be compared early. Raises RecipeError before anything runs.
 
-    Without `method_names`, all methods that the recipe can be run with; those that it cannot are said and left out.
+    Without `method_names`, all methods that the recipe can be run with; those that it cannot are said and left out. An
+    override that a method does not read is left out of its cells, and refused when no method reads it.
     """
     for override in overrides:
         if option := CHOSEN.get(override.partition("=")[0].strip()):
@@ -103,18 +104,19 @@ def plan(
             known = f"there are {', '.join(methods.METHODS)}"
             raise RecipeError(f"--methods {name}: there is no such method{nearest(name, methods.METHODS)}; {known}")
     names: dict[str, str] = {}
-    chosen: list[tuple[str, str]] = []
+    chosen: list[tuple[str, str, tuple[str, ...]]] = []
     for reference in references:
         fitting = _fitting(reference, method_names, tuple(overrides), say)
-        chosen += [(reference, method) for method in fitting]
-        name = checked(reference, _settings(fitting[0], 0, overrides))[0].name
+        chosen += [(reference, method, read) for method, read in fitting.items()]
+        method, read = next(iter(fitting.items()))
+        name = checked(reference, _settings(method, 0, read))[0].name
         if name in names:
             raise RecipeError(f"{names[name]} and {reference}: both recipes are called {name!r}; rename one of them")
         names[name] = reference
     cells = []
     for seed in dict.fromkeys(seeds):
-        for reference, method in chosen:
-            settings = _settings(method, seed, overrides)
+        for reference, method, read in chosen:
+            settings = _settings(method, seed, read)
             recipe, _ = checked(reference, settings)
             cells.append(Cell(reference, settings, recipe.name, method, seed, recipe.digest(), out))
     return cells
@@ -126,18 +128,32 @@ def _settings(method: str, seed: int, overrides: Sequence[str]) -> tuple[str, ..
 
 def _fitting(
     reference: str, method_names: Sequence[str] | None, overrides: tuple[str, ...], say: Callable[[str], None]
-) -> list[str]:
-    if method_names is not None:
-        return list(dict.fromkeys(method_names))
-    fitting, errors = [], []
-    for method in methods.METHODS:
+) -> dict[str, tuple[str, ...]]:
+    """Method -> the overrides that it reads."""
+    unread: dict[str, dict[str, str]] = {}
+    errors = []
+    for method in method_names or methods.METHODS:
         try:
-            checked(reference, _settings(method, 0, overrides))
-            fitting.append(method)
+            unread[method] = overrides_without_effect(reference, _settings(method, 0, overrides))
+            if method_names is None:
+                checked(reference, _settings(method, 0, _others(overrides, unread[method])))
         except RecipeError as error:
+            if method_names is not None:
+                raise
+            unread.pop(method, None)
             errors.append((method, error))
-    if not fitting:
+    if not unread:
         raise errors[0][1]
+    for override in overrides:
+        if all(override in found for found in unread.values()):
+            raise RecipeError(f"--set {override}: {next(iter(unread.values()))[override]}")
     for method, reason in errors:
         say(f"method {method} is left out: {reason}")
-    return fitting
+    for method, found in unread.items():
+        for override in found:
+            say(f"method {method} does not read --set {override}, and does without it")
+    return {method: _others(overrides, found) for method, found in unread.items()}
+
+
+def _others(overrides: Sequence[str], unread: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(override for override in overrides if override not in unread)

@@ -45,7 +45,7 @@ from vkd_framework.recipe.forgetting import (
     TeacherConfig,
     UnlearnConfig,
 )
-from vkd_framework.recipe.loading import bundled_recipes, find_recipe, load_recipe
+from vkd_framework.recipe.loading import bundled_recipes, find_recipe, load_recipe, overrides_without_effect
 from vkd_framework.recipe.messages import nearest
 from vkd_framework.recipe.sections import (
     TINY,
@@ -104,4 +104,5 @@ __all__ = [
     "is_tiny",
     "load_recipe",
     "nearest",
+    "overrides_without_effect",
 ]

@@ -87,8 +87,6 @@ class TeacherConfig(Section):
         package, _, name = (self.source or "").partition("/")
         if self.kind == "external" and (package not in EXTERNAL_PACKAGES or not name):
             raise ValueError("kind: external needs a source: timm/NAME, open_clip/NAME or open_clip/NAME/TAG")
-        if self.kind != "external" and self.weights == "random":
-            raise ValueError(f"weights: random goes with kind: external, not with kind: {self.kind}")
         return self
 
 

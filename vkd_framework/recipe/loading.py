@@ -15,6 +15,7 @@ from vkd_framework.recipe.for_methods import wrong_entry
 from vkd_framework.recipe.messages import SCHEMA, nearest, one_line
 from vkd_framework.recipe.once import read_yaml
 from vkd_framework.recipe.overrides import overridden, parsed
+from vkd_framework.recipe.unread import unread
 from vkd_framework.recipe.whole import Recipe
 
 
@@ -44,6 +45,20 @@ def find_recipe(reference: str) -> Path:
 
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe. Raises RecipeError with one line that names the place and the mend."""
+    recipe, without_effect = _loaded(reference, overrides)
+    for where, reason in without_effect.items():
+        raise RecipeError(f"{where}: {reason}; {SCHEMA}")
+    return recipe
+
+
+def overrides_without_effect(reference: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Those of the overrides that the recipe they make does not read, and why. Raises RecipeError as `load_recipe`."""
+    reasons = _loaded(reference, overrides)[1]
+    return {override: reasons[where] for override in overrides if (where := f"--set {override}") in reasons}
+
+
+def _loaded(reference: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe, and which of its settings it does not read: where they are from, and why."""
     path = find_recipe(reference)
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
@@ -60,11 +75,16 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
             override.apply(raw)
     if problem := wrong_entry(raw, Recipe):
         raise RecipeError(f"{path}: {problem}; {SCHEMA}")
-    raw = overridden(raw, [override for override in given if override.path[0] != "for_methods"])
+    whole = overridden(raw, [override for override in given if override.path[0] != "for_methods"])
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(whole)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {one_line(error, raw, Recipe)}") from None
+        raise RecipeError(f"{path}: {one_line(error, whole, Recipe)}") from None
+    entry = (raw.get("for_methods") or {}).get(recipe.method, {})
+    # A run's recipe.yaml spells out everything, also what nothing reads.
+    resolved = raw.keys() >= Recipe.model_fields.keys() - {"for_methods"}
+    written = [] if resolved else [[(str(path), raw)], [(f"{path}: for_methods.{recipe.method}", entry)]]
+    return recipe, unread(recipe, [*written, [(f"--set {override.text}", override.tree) for override in given]])
 
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import yaml
@@ -20,6 +22,11 @@ class Override:
     text: str
     path: tuple[str, ...]
     value: Any
+
+    @property
+    def tree(self) -> Any:
+        """The value within the sections that lead to it."""
+        return reduce(lambda below, name: {name: below}, reversed(self.path), self.value)
 
     def apply(self, raw: dict[str, Any]) -> None:
         """Set the value in `raw`. Raises RecipeError where the path leads nowhere."""
@@ -63,7 +70,8 @@ def parsed(text: str) -> Override:
 def overridden(raw: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
     """`raw` with the last method that is set, filled in by it and by `for_methods`, and the overrides over that.
 
-    Setting another method takes back what belongs to a method, in `raw` and in the overrides before it.
+    Setting another method takes back what belongs to a method, in `raw` and in the overrides before it. Nothing else
+    changes in `raw`.
     """
     method, switched = raw.get("method", methods.DEFAULT), 0
     for position, override in enumerate(overrides):
@@ -71,7 +79,7 @@ def overridden(raw: dict[str, Any], overrides: Sequence[Override]) -> dict[str, 
             method, switched = override.value, position
     if method != raw.get("method", methods.DEFAULT):
         methods.switch(raw, method)
-    filled = methods.fill(raw)
+    filled = deepcopy(methods.fill(raw))
     kept = [left for override in overrides[:switched] for left in _without_the_methods_own(override)]
     for override in (*kept, *overrides[switched:]):
         if override.path != ("method",):
@@ -81,9 +89,7 @@ def overridden(raw: dict[str, Any], overrides: Sequence[Override]) -> dict[str, 
 
 def _without_the_methods_own(override: Override) -> list[Override]:
     """The override without what belongs to a method; nothing when all of it does."""
-    tree: Any = override.value
-    for name in reversed(override.path):
-        tree = {name: tree}
+    tree = deepcopy(override.tree)
     methods.take_out(tree)
     for name in override.path:
         if not isinstance(tree, dict) or name not in tree:
