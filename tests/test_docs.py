@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,6 +336,24 @@ def documented_keys() -> dict[tuple[str, str], Any]:
 
 def test_recipes_page_documents_every_key_with_its_default_and_no_other() -> None:
     assert documented_keys() == keys(Recipe)
+
+
+def test_recipes_page_says_what_the_default_method_sets_instead_of_each_default() -> None:
+    vkd = Recipe.model_validate(
+        {"name": "a", "adapter": "a", "data": {"kind": "celebs"}, "teach": {}, "layers": ["projector"]}
+    )
+    sections = {"losses", "mask", "prune", "unlearn", "simulated_attack"}
+    expected = {}
+    for (kind, key), default in keys(Recipe).items():
+        if not kind and key.partition(".")[0] in sections and ".N." not in key:
+            value = json.loads(json.dumps(reduce(getattr, key.split("."), vkd), default=BaseModel.model_dump))
+            expected |= {key: value} if value != default else {}
+    told = {}
+    page = RECIPES_PAGE.read_text(encoding="utf-8")
+    for entry in re.finditer(r"^- `([a-z_.]+)` (.*(?:\n  .*)*)", page, flags=re.MULTILINE):
+        if said := re.search(r"The method `vkd` has `?(.+?)`?\.(?: |$)", " ".join(entry[2].split())):
+            told[entry[1]] = yaml.safe_load(said[1])
+    assert told == expected
 
 
 def test_recipes_page_has_a_heading_for_every_section() -> None:
