@@ -10,6 +10,7 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import CAST
 
+from vkd_framework.bench.records import find
 from vkd_framework.cache import CACHE_VARIABLE
 from vkd_framework.cli import main
 from vkd_framework.plugins import MLLM
@@ -145,6 +146,22 @@ def test_a_model_of_another_family_is_refused(recipe: str, stranger: str) -> Non
     done = vkd("evaluate", stranger, "--recipe", "llava_celeb")
     assert done.exit_code == 2
     assert "'qwen2_vl'" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_answers_and_attack_go_into_one_folder_and_are_compared_like_a_run(
+    recipe: str, stranger: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "theirs"
+    found = told("relearn", stranger, "--recipe", recipe, "--out", str(out))
+    for other in (("--set", "seed=1"), ("--alone",)):
+        done = vkd("evaluate", stranger, "--recipe", recipe, "--out", str(out), *other)
+        assert done.exit_code == 2 and "of the same model by the same recipe" in done.stderr
+    evaluated = told("evaluate", stranger, "--recipe", recipe, "--out", str(out))
+    assert vkd("evaluate", stranger, "--recipe", recipe, "--out", str(out)).exit_code == 2
+    (record,) = find([out])
+    assert record.method == "theirs" and record.metrics["models"] == evaluated["models"]
+    assert record.metrics["relearn"]["curves"] == found["curves"]
+    assert vkd("compare", str(out)).exit_code == 0
 
 
 def test_a_folder_that_holds_something_is_not_written_into(recipe: str, stranger: str, tmp_path: Path) -> None:

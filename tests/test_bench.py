@@ -532,6 +532,51 @@ def test_compare_leaves_out_a_run_whose_proof_failed_and_says_so(tmp_path: Path)
     assert [one["method"] for one in json.loads(target.read_text())] == ["vkd"]
 
 
+def assessed(folder: Path) -> Path:
+    """What `vkd evaluate` and `vkd relearn` leave of a checkpoint that no run made."""
+    found = made("not told", seed=3, attacked=(0.25, 0.6))
+    write_json(folder / "relearn.json", {"model": "their/model", **found["relearn"]})
+    evaluated = {"model": "their/model", "models": found["models"], "verdict": {"kind": "forgotten"}}
+    write_json(folder / "evaluate.json", evaluated)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "small", "method": "vkd", "seed": 3}))
+    return folder
+
+
+def test_a_checkpoint_that_no_run_made_is_compared_under_the_name_of_its_folder(tmp_path: Path) -> None:
+    theirs = assessed(tmp_path / "all" / "theirs")
+    (run,) = run_folders(tmp_path / "all", made("vkd"))
+    alone, run_record = find([theirs])[0], find([Path(run)])[0]
+    assert (alone.recipe, alone.method, alone.seed, alone.failed_proofs) == ("small", "theirs", 3, ())
+    assert alone.metrics["verdict"]["kind"] == "hidden", "of both files together: more comes back than to retain-only"
+    assert figures(alone.metrics).keys() - figures(run_record.metrics).keys() == set()
+    assert figures(alone.metrics)["attacked.visual.known.10"].value == 0.25
+    target = tmp_path / "x.json"
+    done = vkd("compare", str(theirs), run, "--json", str(target))
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^theirs ", done.stdout, flags=re.MULTILINE)
+    assert vkd("compare", str(target)).stdout == done.stdout
+    assert {record.method for record in find([tmp_path / "all"])} == {"theirs", "vkd"}
+    (theirs / "relearn.json").unlink()
+    assert "attacked.visual.known.10" not in figures(find([theirs])[0].metrics)
+
+
+def test_what_is_no_run_is_told_apart(tmp_path: Path) -> None:
+    photos, alone = tmp_path / "photos", assessed(tmp_path / "alone")
+    photos.mkdir()
+    (alone / "evaluate.json").unlink()
+    for place, fragment in (
+        (photos, "holds no finished run and no folder with one; give what `vkd run`, `vkd bench` or `vkd evaluate"),
+        (tmp_path / "nowhere", "there is no such file or folder"),
+        (alone, f"holds relearn.json alone; add the answers: vkd evaluate MODEL --recipe RECIPE --out {alone}"),
+    ):
+        done = vkd("compare", str(place))
+        assert (done.exit_code, done.stderr.startswith(f"error: {place}: {fragment}")) == (2, True), done.stderr
+    (photos / "recipe.yaml").write_text("name: small")
+    assert f"go on with it: vkd run RECIPE --resume --out {photos}" in vkd("compare", str(photos)).stderr
+    (photos / "evaluate.json").write_text("[]")
+    assert "no evaluate.json as `vkd evaluate --out` writes them" in vkd("compare", str(photos)).stderr
+
+
 @pytest.mark.parametrize(
     ("contents", "fragment"),
     [(None, "holds no finished run"), ("{", "cannot be read"), ("[]", "is not the metrics of a run")],

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from vkd_framework import attacks, data, ranks, relearn
-from vkd_framework.checkpoint import write_json, write_text
+from vkd_framework.checkpoint import EVALUATED, RELEARNED, read_json, write_json, write_text
 from vkd_framework.errors import ModelError, RecipeError
 from vkd_framework.layers_table import describe
 from vkd_framework.machine import environment
 from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
-from vkd_framework.recipe import is_tiny, load_recipe
+from vkd_framework.recipe import Recipe, is_tiny, load_recipe
 from vkd_framework.run.measurements import TAUGHT, Measurements
 from vkd_framework.verdict import verdict
 
@@ -39,8 +39,8 @@ def evaluate(
     other model is loaded, and the figures that compare and the verdict are left out. Raises RecipeError, DataError or
     ModelError before anything is measured.
     """
-    with _assessment(model, reference, overrides, out, alone) as assessment:
-        return assessment.written("evaluate.json", assessment.evaluated())
+    with _assessment(model, reference, overrides, out, alone, adds=EVALUATED) as assessment:
+        return assessment.written(EVALUATED, assessment.evaluated())
 
 
 def attack(
@@ -51,8 +51,8 @@ def attack(
     The arguments and errors are those of `evaluate`, the result is the `relearn` block of `metrics.json`. With `alone`,
     `average_gap` and the advantages are None.
     """
-    with _assessment(model, reference, overrides, out, alone) as assessment:
-        return assessment.written("relearn.json", assessment.attacked())
+    with _assessment(model, reference, overrides, out, alone, adds=RELEARNED) as assessment:
+        return assessment.written(RELEARNED, assessment.attacked())
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,36 @@ class Assessment(Measurements):
 
 @contextmanager
 def _assessment(
-    model: str, reference: str, overrides: tuple[str, ...], out: Path | None, alone: bool
+    model: str, reference: str, overrides: tuple[str, ...], out: Path | None, alone: bool, *, adds: str
 ) -> Iterator[Assessment]:
-    """Everything checked and ready; without `out`, in a folder that is gone afterwards."""
+    """Everything checked and ready to write `adds`; without `out`, in a folder that is gone afterwards."""
     recipe = load_recipe(reference, overrides)
     adapter = load_adapter(recipe.adapter)
     source = _checkpoint(model, adapter)
-    if out is not None and ranks.once(lambda: out.exists() and any(out.iterdir() if out.is_dir() else [out])):
-        raise RecipeError(f"{out}: exists already; choose another --out")
     if alone:  # nothing to put back, and nothing to compare with
         others = tuple(config for config in recipe.attacks if config.kind != "module_restore")
         recipe = recipe.model_copy(update={"attacks": others})
+    if out is not None and ranks.once(lambda: _taken(out, adds, source, recipe)):
+        raise RecipeError(
+            f"{out}: exists already; choose another --out, or the folder where the other of `vkd evaluate` and "
+            "`vkd relearn` left what it found of the same model by the same recipe"
+        )
     splits = data.load(recipe.data)
     relearn.attackers(recipe.relearn, splits)
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="vkd-") as folder:
         yield Assessment(recipe, adapter, splits, Path(folder), model=source, alone=alone, kept=out is not None)
+
+
+def _taken(out: Path, adds: str, model: str, recipe: Recipe) -> bool:
+    """Whether a folder holds anything but what the other command left of the same model by the same recipe."""
+    if not out.is_dir():
+        return out.exists()
+    found = {path.name for path in out.iterdir()}
+    other = RELEARNED if adds == EVALUATED else EVALUATED
+    if found - {"checkpoints"} != {other, "recipe.yaml", "environment.json"}:
+        return bool(found)
+    same = (out / "recipe.yaml").read_text(encoding="utf-8") == recipe.to_yaml()
+    return not (same and read_json(out / other).get("model") == model)
 
 
 def _checkpoint(model: str, adapter: Adapter) -> str:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+EVALUATED, RELEARNED = "evaluate.json", "relearn.json"
+"""What `vkd evaluate` and `vkd relearn` write about a checkpoint that no run made."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

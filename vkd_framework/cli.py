@@ -412,8 +412,9 @@ def bench(
 def compare(runs: tuple[Path, ...], **targets: Path | None) -> None:
     """Show finished runs side by side: one row for each recipe and method, over its seeds.
 
-    RUN is a run folder, a folder of them such as the --out of a bench, or a file that --json wrote. Runs of one method
-    whose recipes differ in more than the seed get rows of their own.
+    RUN is a run folder, a folder of them such as the --out of a bench, a file that --json wrote, or the folder of one
+    checkpoint's `vkd evaluate` and `vkd relearn`. Runs of one method whose recipes differ in more than the seed get
+    rows of their own.
     """
     from vkd_framework.bench import command
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from vkd_framework.checkpoint import read_json
+from vkd_framework.checkpoint import EVALUATED, RELEARNED, read_json
 from vkd_framework.errors import RecipeError, on_one_line
 from vkd_framework.recipe import Recipe, Section
 from vkd_framework.report.findings import proof_rows
 from vkd_framework.report.formatting import flatten
+from vkd_framework.verdict import verdict
 
 METRICS = "metrics.json"
 SHARED_KEYS = ("recipe", "method", "seed", "models", "relearn", "cost")
@@ -94,24 +95,54 @@ class Group:
 
 
 def read(folder: Path) -> Record:
-    """A finished run. Raises RecipeError when there is none in the folder."""
-    try:
-        metrics = read_json(folder / METRICS)
-    except FileNotFoundError:
-        raise RecipeError(f"{folder}: holds no finished run (no {METRICS}); go on with it: vkd run --resume") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{folder / METRICS}: cannot be read ({on_one_line(error)})") from None
+    """A finished run, or what was measured of a checkpoint. Raises RecipeError when there is none in the folder."""
+    if not (folder / METRICS).exists() and (folder / EVALUATED).exists():
+        return _assessed(folder)
+    if not (folder / METRICS).exists():
+        raise RecipeError(f"{folder}: {_lacking(folder)}")
+    metrics = _json(folder / METRICS)
     if not _are_metrics(metrics):
         raise RecipeError(f"{folder / METRICS}: is not the metrics of a run; give folders that `vkd run` has made")
     return Record(folder, metrics, _settings(folder))
 
 
-def read_file(file: Path) -> list[Record]:
-    """The runs in the JSON file of a comparison. Raises RecipeError for anything else."""
+def _assessed(folder: Path) -> Record:
+    """What `vkd evaluate` wrote, and `vkd relearn` where it was run too. The folder's name takes the method's place."""
+    recipe = _resolved(folder)
+    named = {"recipe": recipe.get("name"), "method": folder.resolve().name, "seed": recipe.get("seed", 0)}
+    files = [EVALUATED, *([RELEARNED] if (folder / RELEARNED).exists() else [])]
+    found = [_json(folder / file) for file in files]
+    if not (recipe and all(isinstance(one, dict) for one in found) and _are_metrics(named | found[0])):
+        raise RecipeError(f"{folder}: no {' and '.join(files)} as `vkd evaluate --out` writes them; make them anew")
+    metrics = named | found[0] | ({"relearn": found[1]} if len(found) > 1 else {})
+    if "verdict" in metrics:
+        metrics["verdict"] = asdict(verdict(metrics))
+    return Record(folder, metrics, _settings(folder))
+
+
+def _json(file: Path) -> Any:
     try:
-        entries = read_json(file)
+        return read_json(file)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file}: cannot be read ({on_one_line(error)})") from None
+
+
+def _lacking(folder: Path) -> str:
+    """Why a folder holds nothing to compare."""
+    if not folder.exists():
+        return "there is no such file or folder"
+    if (folder / RELEARNED).exists():
+        return f"holds {RELEARNED} alone; add the answers: vkd evaluate MODEL --recipe RECIPE --out {folder}"
+    if (folder / "recipe.yaml").exists():
+        return f"holds no finished run (no {METRICS}); go on with it: vkd run RECIPE --resume --out {folder}"
+    return (
+        "holds no finished run and no folder with one; give what `vkd run`, `vkd bench` or `vkd evaluate --out` wrote"
+    )
+
+
+def read_file(file: Path) -> list[Record]:
+    """The runs in the JSON file of a comparison. Raises RecipeError for anything else."""
+    entries = _json(file)
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         raise RecipeError(
             f"{file}: is no list of runs; give a file that `vkd bench --json` or `vkd compare --json` wrote"
@@ -125,6 +156,8 @@ def read_file(file: Path) -> list[Record]:
 def find(places: Iterable[Path]) -> list[Record]:
     """The finished runs in `places`: a run folder, a folder of them, or the JSON file of a comparison.
 
+    The folder of a measured checkpoint is like that of a run.
+
     Raises RecipeError for a place without any.
     """
     folders: dict[Path, Path] = {}
@@ -133,10 +166,14 @@ def find(places: Iterable[Path]) -> list[Record]:
         if place.is_file():
             told.setdefault(place.resolve(), read_file(place))
             continue
-        inside = [place] if (place / METRICS).exists() else [path.parent for path in sorted(place.glob(f"*/{METRICS}"))]
+        inside = [] if _is_one(place) else [path for path in sorted(place.glob("*")) if _is_one(path)]
         for folder in inside or [place]:
             folders.setdefault(folder.resolve(), folder)
     return [*(record for records in told.values() for record in records), *map(read, folders.values())]
+
+
+def _is_one(folder: Path) -> bool:
+    return (folder / METRICS).exists() or (folder / EVALUATED).exists()
 
 
 def _are_metrics(found: object) -> bool:
@@ -210,12 +247,17 @@ def _variants(records: Sequence[Record]) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, str]:
+    filled = _filled(_resolved(folder))
+    return dict(flatten({key: value for key, value in filled.items() if key not in IDENTITY}))
+
+
+def _resolved(folder: Path) -> dict[str, Any]:
+    """The recipe that lies beside the figures; nothing where none can be read."""
     try:
         raw = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
-    filled = _filled(raw) if raw else {}
-    return dict(flatten({key: value for key, value in filled.items() if key not in IDENTITY}))
+    return raw if isinstance(raw, dict) else {}
 
 
 def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
