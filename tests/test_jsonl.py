@@ -461,3 +461,9 @@ def test_missing_files_and_folders_say_what_to_do(folder: Folder) -> None:
 def test_there_must_be_somebody_to_retain(folder: Folder) -> None:
     folder.rows(*folder.good_rows()[:4])
     assert "nothing to retain: add identity rows of people who are not named in data.forget" in folder.error()
+
+
+def test_somebody_of_those_who_stay_must_be_measured(folder: Folder) -> None:
+    rows = folder.good_rows()
+    folder.rows(*rows[:4], *rows[4::4])  # one photo of each other person
+    assert "nobody to measure of those who are kept: give at least one of them two photos" in folder.error()

@@ -25,6 +25,7 @@ from vkd_framework.recipe import EVERY_ATTACK, load_recipe
 from vkd_framework.report.formatting import NBSP
 from vkd_framework.report.markdown import escape
 from vkd_framework.run import recipe_of, run
+from vkd_framework.run.folder import held, make
 from vkd_framework.run.metrics import unseen
 from vkd_framework.types import Splits
 from vkd_framework.verdict import verdict
@@ -374,6 +375,20 @@ def test_an_existing_run_is_not_written_over(finished: Finished) -> None:
     with pytest.raises(RecipeError, match="exists already; add --resume"):
         run(finished.recipe, out=finished.folder)
     assert (finished.folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    wanted = tmp_path / "runs" / "small-20200101-000000"
+    made = [make(wanted, named=False) for _ in range(3)]
+    assert [folder.name for folder in made] == [wanted.name, f"{wanted.name}-2", f"{wanted.name}-3"]
+    assert make(wanted, named=True) == wanted
+
+
+def test_a_run_that_is_still_going_is_not_gone_on_with(finished: Finished, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "out")
+    with held(out), pytest.raises(RecipeError, match="another vkd run is writing into it; wait until it ends"):
+        run(finished.recipe, out=out, resume=True)
+    run(finished.recipe, out=out, resume=True)
 
 
 def test_resume_without_out_finds_the_latest_run_of_the_recipe(

@@ -87,6 +87,11 @@ def _sorted_into_splits(config: JsonlData, rows: Sequence[_Row], forgotten: Sequ
         raise DataError(
             f"{config.rows.name}: nothing to retain: add identity rows of people who are not named in data.forget"
         )
+    if not columns["retain_vqa"]:
+        raise DataError(
+            f"{config.rows.name}: nobody to measure of those who are kept: give at least one of them two photos that "
+            'differ, with identity questions, or mark rows of theirs with "split": "test"'
+        )
     return Splits(
         forget=tuple(forget),
         retain=tuple(retain),

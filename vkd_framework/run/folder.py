@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from vkd_framework import ranks
 from vkd_framework.checkpoint import Stages
 from vkd_framework.data import content_digest
 from vkd_framework.errors import DataError, RecipeError
@@ -35,6 +40,42 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     raise RecipeError(
         f"runs/{recipe.name}-*: no run of this recipe with these settings to resume; leave --resume out, or give --out"
     )
+
+
+def make(folder: Path, *, named: bool) -> Path:
+    """Make the run folder. One that was not asked for by name gets a number where another run was faster.
+
+    Raises RecipeError where it cannot be made.
+    """
+    for number in count(1):
+        free = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            free.mkdir(parents=True, exist_ok=named)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and not named:
+                continue
+            raise RecipeError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
+        return free
+    raise AssertionError
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within the block no other run writes into the folder. Raises RecipeError while one does."""
+    path = folder / "checkpoints" / "run.lock"
+    lock = FileLock(path, timeout=0)
+    if ranks.is_main():
+        path.parent.mkdir(exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RecipeError(
+                f"{folder}: another vkd run is writing into it; wait until it ends, or choose another --out"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def recipe_of(folder: Path) -> str | None:

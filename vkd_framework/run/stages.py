@@ -18,7 +18,7 @@ import transformers
 
 from vkd_framework import data, external, proofs, pruning, ranks, relearn, report, saliency
 from vkd_framework.checkpoint import atomic_folder, read_json, write_json, write_text
-from vkd_framework.errors import ProofError, RecipeError
+from vkd_framework.errors import ProofError
 from vkd_framework.estimate.known import estimate_of, looked_at, told
 from vkd_framework.estimate.text import against
 from vkd_framework.layers_table import describe, plan
@@ -27,7 +27,7 @@ from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import find_recipe, load_recipe
 from vkd_framework.run.checks import check_model, checked
-from vkd_framework.run.folder import check_data, run_folder
+from vkd_framework.run.folder import check_data, held, make, run_folder
 from vkd_framework.run.measurements import Measurements
 from vkd_framework.run.metrics import cost_of, metrics_of
 from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair
@@ -72,11 +72,8 @@ def run(
     if recipe.teacher.kind == "external" and recipe.distilled:
         # weights that cannot be had are told before anything is taught
         external.load(recipe.teacher, torch.device("cpu"), recipe.seed)
-    try:
-        ranks.once(lambda: folder.mkdir(parents=True, exist_ok=True))
-    except OSError as error:
-        raise RecipeError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
-    with log_to(folder / "log.txt"):
+    folder = ranks.once(lambda: make(folder, named=resume or out is not None))
+    with held(folder), log_to(folder / "log.txt"):
         people = f"{len(splits.forget_subjects)} of {len(splits.subjects)} people are to be forgotten"
         say(f"{recipe.name}: {people}; results in {folder}")
         return Run(recipe, adapter, splits, folder, find_recipe(reference).read_text(encoding="utf-8")).all(), folder
