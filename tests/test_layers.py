@@ -85,6 +85,15 @@ def test_every_room_has_a_floor() -> None:
     assert rooms == set(FLOOR)
 
 
+def test_the_contributors_page_shows_the_floors_as_they_are() -> None:
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = {
+        int(floor): tuple(re.findall(r"`(\w+)`", rooms))
+        for floor, rooms in re.findall(r"^\| (\d) \| (.*) \|$", page, re.M)
+    }
+    assert shown == dict(enumerate(FLOORS))
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_go_down(module: str) -> None:
     room = module.split(".")[0]

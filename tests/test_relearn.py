@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from conftest import changed, weights
 
 from vkd_framework.errors import DivergedError, RecipeError
 from vkd_framework.plugins import MLLM
-from vkd_framework.recipe import EvaluateConfig, RelearnConfig
+from vkd_framework.recipe import EvaluateConfig, RelearnConfig, TeachConfig
 from vkd_framework.relearn import advantage_by_step, attack, attacker_pairs, attackers, others, relearn, summarise
+from vkd_framework.teach import teach
 from vkd_framework.types import AttackCurve, Pool, Splits
 
 SHORT = EvaluateConfig(batch_size=8, max_new_tokens=4)
@@ -61,6 +63,23 @@ def test_an_attack_trains_what_its_scope_says(
 def test_an_attack_that_runs_away_is_no_attack_that_failed(student: MLLM, splits: Splits) -> None:
     with pytest.raises(DivergedError, match=r"attack: at step 1 the loss is nan.*lower relearn.learning_rate"):
         attacked(student, splits, "visual", learning_rate=1e30)
+
+
+def test_the_gradients_of_an_attack_and_of_teaching_are_clipped(
+    student: MLLM, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("relearn", "teach"):
+        monkeypatch.setattr(f"vkd_framework.{module}.CLIP", 1e-3)
+    monkeypatch.setattr(MLLM, "copy", lambda self, **_: self)  # to see the gradients of the attack's last step
+    attacked(student, splits, "full")
+    assert norm(student) == pytest.approx(1e-3, rel=1e-2)
+    student.model.zero_grad()
+    teach(student, splits.teach, TeachConfig(steps=1, batch_size=4), what="teach", resume=tmp_path / "state.pt")
+    assert norm(student) == pytest.approx(1e-3, rel=1e-2)
+
+
+def norm(mllm: MLLM) -> float:
+    return float(torch.nn.utils.get_total_norm([p.grad for p in mllm.model.parameters() if p.grad is not None]))
 
 
 def test_a_copy_keeps_tied_weights_tied(tiny: MLLM) -> None:

@@ -16,7 +16,7 @@ from vkd_framework.recipe import Recipe, UnlearnConfig
 from vkd_framework.saliency import Mask
 from vkd_framework.simulated_attack import SimulatedAttacker
 from vkd_framework.types import ImageQuestionPair, Splits
-from vkd_framework.unlearn import History, active_parameters, phase_at, rate_factor, retain_batches, unlearn
+from vkd_framework.unlearn import History, Stepper, active_parameters, phase_at, rate_factor, retain_batches, unlearn
 
 
 class Killed(Exception):
@@ -40,11 +40,22 @@ def test_only_the_parts_that_are_trained_move(
 def test_the_language_model_stays_bit_identical_under_weight_decay(
     student: MLLM, splits: Splits, tmp_path: Path
 ) -> None:
-    before = weights(student)
+    before, other = weights(student), student.copy()
     settings = {"steps": 3, "forget_batch": 2, "retain_batch": 2, "weight_decay": 0.5, "learning_rate": 0.01}
-    unlearned(student, splits, make_recipe(unlearn=settings), tmp_path)
+    unlearned(student, splits, make_recipe(unlearn=settings), tmp_path / "decay")
+    unlearned(other, splits, make_recipe(unlearn={**settings, "weight_decay": 0.0}), tmp_path / "none")
+    assert changed(weights(other), weights(student)) >= set(student.parts["projector"])  # it does decay
     assert not changed(before, weights(student)) & set(student.parts["language_model"])
     assert not any(parameter.requires_grad for parameter in student.model.parameters())
+
+
+def test_the_gradient_of_a_step_is_no_longer_than_the_recipe_says(student: MLLM, splits: Splits) -> None:
+    recipe = make_recipe(unlearn={"clip": 1e-3, "forget_batch": 2, "retain_batch": 2})
+    stepper = Stepper(student, recipe, splits, None)
+    entry, _ = stepper.step(0)
+    gradients = [parameter.grad for parameter in student.parameters(recipe.train).values()]
+    assert entry["gradient_norm"] > 1e-2
+    assert torch.nn.utils.get_total_norm([g for g in gradients if g is not None]) == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_small_steps_lead_a_model_in_bfloat16_where_they_lead_one_in_float32(

@@ -34,7 +34,11 @@ def sections(comparison: Comparison) -> list[Section]:
     answers = [f"{column}.exact_match" for column in columns]
     answers.insert(1, "test_vqa.choice_accuracy")
     found = [
-        Section("Answers", "Exact match of greedy answers, and choice accuracy (chance 25 %).", _shown(answers, known)),
+        Section(
+            "Answers",
+            "Exact match of greedy answers, and choice accuracy (guessing among four: 25 %).",
+            _shown(answers, known),
+        ),
         Section(
             "After the relearning attack",
             "Exact match on Test VQA after so many attack steps, mean over the attacker's shares and seeds. Recovery "

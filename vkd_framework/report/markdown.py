@@ -85,7 +85,7 @@ def verdict_section(metrics: Mapping[str, Any]) -> list[str]:
 
 def column_section(metrics: Mapping[str, Any]) -> list[str]:
     """The table of columns with its reading aids."""
-    header = ("Column", "Model", "Exact match", "95 % interval", "Choice accuracy (chance 25 %)")
+    header = ("Column", "Model", "Exact match", "95 % interval", "Choice accuracy")
     rows = [
         (
             row.column.label,
