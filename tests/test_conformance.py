@@ -96,7 +96,50 @@ def test_photos_that_a_template_writes_with_nothing_in_between_are_told_apart(
 def test_checks_that_stop_at_the_same_error_are_told_in_one() -> None:
     failed = checked(*QWEN, tokens_as(without_grids))
     assert set(failed) == {"a-question-about-a-photo-is-answered", "every-key-of-the-processor-is-kept"}
-    assert re.search(r"\d\d further checks stopped", failed["a-question-about-a-photo-is-answered"].look)
+    first = failed["a-question-about-a-photo-is-answered"]
+    assert len(first.also) > 9
+    assert f"{len(first.also)} further checks stopped" in first.look
+    assert set(first.also) < set(NAMES) - set(failed)
+
+
+def test_checks_that_are_told_in_one_are_counted_one_by_one() -> None:
+    results = [CheckResult("a", True, "x", "", "y"), CheckResult("b", False, "x", "z", "y", also=("c", "d"))]
+    assert testing.count(results) == 4
+    assert table(results).endswith("\n4 checks, 3 failed")
+    assert table(results[1:], testing.count(results)).endswith("\n4 checks, 3 failed")
+
+
+def test_every_check_is_counted_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [check for check in MODEL_CHECKS if check.look == MODEL_CHECKS[0].look][:3]
+    monkeypatch.setattr(testing, "MODEL_CHECKS", few)
+    plugin = types.ModuleType("wrong")
+    own = {name: hook for name, hook in vars(family("qwen_vl")).items() if name.startswith("vkd_")}
+    vars(plugin).update(own | {"vkd_tokenize_pairs": hookimpl(lambda processor: 3)})
+    with pytest.raises(AssertionError, match=f"{len(ADAPTER_CHECKS) + len(few)} checks, {len(few)} failed$"):
+        assert_conforms(Adapter("wrong", plugin), "tiny:qwen2_vl")
+
+
+def test_an_error_that_names_a_hook_sends_the_author_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [FIRST, "answers-end-with-the-first-stop-token"]
+    monkeypatch.setattr(testing, "MODEL_CHECKS", [check for check in MODEL_CHECKS if check.name in chosen])
+    failed = checked(*QWEN, {"vkd_stop_token_ids": lambda: [3.5]})[FIRST]
+    assert "hook vkd_stop_token_ids: must return" in failed.found
+    assert failed.look.startswith("vkd_stop_token_ids (docs/hooks.md); vkd_framework.generic.stop_token_ids;")
+
+
+def test_a_model_that_does_not_load_for_another_hook_sends_the_author_to_that_one() -> None:
+    failed = checked(*QWEN, {"vkd_locate_vision_modules": lambda: 3})["the-model-loads"]
+    assert "hook vkd_locate_vision_modules: must return" in failed.found
+    assert failed.look.startswith("vkd_locate_vision_modules (docs/hooks.md)")
+
+
+def test_what_an_adapter_refuses_to_place_is_told_and_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "rows-lie-where-the-grid-says"
+    monkeypatch.setattr(testing, "MODEL_CHECKS", [check for check in MODEL_CHECKS if check.name == name])
+    *_, result = check_adapter("idefics", "tiny:idefics2")
+    assert result.ok
+    assert result.found == "refused: projector at 48x48, 32x48, 96x48, 144x48"
+    assert f"ok    {name} ({result.found})" in table([result])
 
 
 def without_photos(batch: EncodedBatch) -> EncodedBatch:
@@ -119,6 +162,15 @@ def test_a_hooks_own_error_is_told_with_its_place(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(testing, "MODEL_CHECKS", [check for check in MODEL_CHECKS if check.name == FIRST])
     found = checked(*QWEN, {"vkd_stop_token_ids": forgetful})[FIRST].found
     assert re.search(r"raised KeyError: 'gone' \(test_conformance\.py:\d+, forgetful\)$", found), found
+
+
+def test_an_error_below_a_hook_is_told_with_the_hooks_own_line_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks_for_nothing(processor: Any) -> EncodedBatch:
+        return processor(images=[3], text=["a"])  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(testing, "MODEL_CHECKS", [check for check in MODEL_CHECKS if check.name == FIRST])
+    found = checked(*QWEN, {"vkd_tokenize_pairs": asks_for_nothing})[FIRST].found
+    assert re.search(r" \(test_conformance\.py:\d+, asks_for_nothing(; \w+qwen2_vl\w*\.py:\d+, \w+)?\)$", found), found
 
 
 def test_a_message_that_holds_a_whole_model_keeps_its_two_ends() -> None:
@@ -229,7 +281,7 @@ def test_the_command_prints_json_for_programs(module: str) -> None:
     done = CliRunner().invoke(main, ["check-adapter", module, "--model", "tiny:no_such_type", "--json"])
     assert done.exit_code == 1
     rows = json.loads(done.stdout)
-    assert set(rows[0]) == {"name", "ok", "expected", "found", "look"}
+    assert set(rows[0]) == {"name", "ok", "expected", "found", "look", "also"}
     assert "no_such_type" in rows[-1]["found"] and not rows[-1]["ok"]
 
 

@@ -338,7 +338,7 @@ def new_adapter(name: str, model_type: str, out: Path | None) -> None:
         sys.exit(1)
     results = testing.check_adapter(written.adapter)
     failed = [result for result in results if not result.ok]
-    click.echo(testing.table(failed, len(results)))
+    click.echo(testing.table(failed, testing.count(results)))
     click.echo(f"next: pip install -e '{written.folder}[test]' && vkd check-adapter {name}")
     if failed:
         sys.exit(1)

@@ -27,10 +27,10 @@ from vkd_framework.plugins import Adapter, installed_adapters, load_adapter
 from vkd_framework.recipe import is_tiny, nearest
 from vkd_framework.testing.checks import ADAPTER_CHECKS, MODEL_CHECKS
 from vkd_framework.testing.checks.model import LOAD, TINY
-from vkd_framework.testing.outcomes import CheckResult, one_line, place, run_checks, table
+from vkd_framework.testing.outcomes import CheckResult, count, look_at, one_line, place, run_checks, table
 from vkd_framework.testing.subject import Subject
 
-__all__ = ["CheckResult", "assert_conforms", "check_adapter", "find_adapter", "table"]
+__all__ = ["CheckResult", "assert_conforms", "check_adapter", "count", "find_adapter", "table"]
 
 
 def check_adapter(adapter: str | Adapter, source: str | None = None) -> list[CheckResult]:
@@ -52,7 +52,10 @@ def check_adapter(adapter: str | Adapter, source: str | None = None) -> list[Che
         prefix = f"{one.partition(':')[2]}: " if len(sources) > 1 else ""
         with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="vkd-check-") as folder:
             found_here = _check_model(adapter, one, Path(folder))
-        results += [replace(result, name=prefix + result.name) for result in found_here]
+        results += [
+            replace(result, name=prefix + result.name, also=tuple(prefix + name for name in result.also))
+            for result in found_here
+        ]
     return results
 
 
@@ -61,7 +64,7 @@ def assert_conforms(adapter: str | Adapter, source: str | None = None) -> None:
     __tracebackhide__ = True
     results = check_adapter(adapter, source)
     if any(not result.ok for result in results):
-        raise AssertionError("\n" + table([result for result in results if not result.ok], len(results)))
+        raise AssertionError("\n" + table([result for result in results if not result.ok], count(results)))
 
 
 def find_adapter(name: str) -> Adapter:
@@ -101,7 +104,8 @@ def _check_model(adapter: Adapter, source: str, folder: Path) -> list[CheckResul
     try:
         subject = Subject.load(adapter, source, folder)
     except Exception as error:
-        look = f"{LOAD if not is_tiny(source) else TINY}; the other checks need a model and were left out"
+        hook = look_at(error, LOAD if not is_tiny(source) else TINY, MODEL_CHECKS)
+        look = f"{hook}; the other checks need a model and were left out"
         found = f"{one_line(error)}{place(error)}"
         return [CheckResult("the-model-loads", False, f"{source} is built, saved and loaded", found, look)]
     return run_checks(MODEL_CHECKS, subject, source)
