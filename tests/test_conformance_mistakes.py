@@ -14,6 +14,7 @@ from wrong_hooks import (
     Aside,
     Hooks,
     Twice,
+    all_in_one_corner,
     all_supervised,
     blank_at_the_end,
     checked,
@@ -31,9 +32,11 @@ from wrong_hooks import (
     loaded_as,
     needs_weights,
     no_photo,
+    no_tiny_photo_alone,
     off_by_one,
     one_image_token_less,
     one_photo_a_pair,
+    one_square,
     only_one_photo,
     overflowing,
     own_layers,
@@ -42,12 +45,14 @@ from wrong_hooks import (
     reseeded,
     rows_as,
     scaling_on_the_way,
+    seen_from_both_sides,
     stop_in_content,
     text_rows,
     tiny_as,
     tokens_as,
     two_bos,
     unchanged,
+    unplaced,
     untied,
     unused_norm,
     without_grids,
@@ -108,6 +113,12 @@ MISTAKES: dict[str, tuple[tuple[str, str], Hooks, str, str]] = {
     ),
     "padding counted as patches": (
         IDEFICS2, rows_as(unchanged), "neighbours-do-not-change-a-samples-rows", "in a mixed batch; padding"
+    ),
+    "photo that cannot be encoded alone": (
+        QWEN,
+        {"vkd_tokenize_pairs": no_tiny_photo_alone},
+        "neighbours-do-not-change-a-samples-rows",
+        "ValueError: no patch left with 'tiny' 8x8 alone ",
     ),
     "padding that every batch has counted as patches": (
         ("llava", "llava_next"), rows_as(unchanged), "only-rows-that-show-a-photo-are-real", "real without showing one"
@@ -185,6 +196,9 @@ MISTAKES: dict[str, tuple[tuple[str, str], Hooks, str, str]] = {
     "first token supervised": (
         QWEN, tokens_as(all_supervised), "losses-are-those-of-transformers", r"\d"
     ),
+    "answer that sees itself": (
+        QWEN, loaded_as(seen_from_both_sides), "answers-do-not-see-what-follows", "apart with another last token"
+    ),
     "one image token less": (
         QWEN, tokens_as(one_image_token_less), "image-tokens-match-the-features", r"^\d+$"
     ),
@@ -193,6 +207,15 @@ MISTAKES: dict[str, tuple[tuple[str, str], Hooks, str, str]] = {
     ),
     "rows placed column by column": (
         QWEN, grid_as(column_by_column), "rows-lie-where-the-grid-says", "they change .* on average, and the"
+    ),
+    "tiles taken for a square": (
+        INTERNVL, {"vkd_feature_grid": one_square}, "rows-lie-where-the-grid-says", "they change .* on average, and the"
+    ),
+    "rows whose places crash": (
+        QWEN, {"vkd_feature_grid": unplaced}, "rows-lie-where-the-grid-says", "vkd_feature_grid: raised KeyError"
+    ),
+    "rows without a place": (
+        QWEN, grid_as(all_in_one_corner), "rows-lie-where-the-grid-says", "must give boxes within 0 and 1"
     ),
     "features that overflow": (QWEN, loaded_as(overflowing), "real-rows-are-finite", r"rows \(0"),
     "rows whose gradients reach other photos": (

@@ -49,7 +49,7 @@ def test_it_implements_no_more_hooks_than_its_readme_explains() -> None:
     assert hooks <= {name for name in vars(hookspecs) if name.startswith("vkd_")}
     readme = (EXAMPLE / "README.md").read_text(encoding="utf-8")
     assert {hook for hook in hooks if f"`{hook}`" not in readme} == {"vkd_model_types"}
-    assert f"{['no', 'one', 'two', 'three', 'four'][len(hooks)]} hooks" in readme
+    assert f"{['no', 'one', 'two', 'three', 'four', 'five'][len(hooks)]} hooks" in readme
 
 
 def test_its_recipe_and_its_entry_point_name_it() -> None:

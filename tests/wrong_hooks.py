@@ -283,6 +283,15 @@ def only_one_photo(pair: ImageQuestionPair) -> ImageQuestionPair:
     return pair
 
 
+def no_tiny_photo_alone(
+    processor: Any, pairs: Any, stop_ids: Any, with_answer: bool, padding_side: str
+) -> EncodedBatch:
+    """A processor that squeezes away the only patch of a batch."""
+    if len(pairs) == 1 and any(min(photo.size) < 16 for photo in pairs[0].photos):
+        raise ValueError("no patch left")
+    return generic.tokenize_pairs(processor, pairs, stop_ids, with_answer, padding_side)
+
+
 def no_photo(pair: ImageQuestionPair) -> ImageQuestionPair:
     if pair.photos:
         raise ValueError("no photo, please")
@@ -309,6 +318,33 @@ def scaling_on_the_way(model: Any) -> None:
         return positional, named
 
     model.register_forward_pre_hook(scale, with_kwargs=True)
+
+
+def seen_from_both_sides(model: Any) -> None:
+    """Every token attends to all others, as in a prompt of PaliGemma whose token types are left at 0."""
+
+    def see(_module: nn.Module, positional: Any, named: dict[str, Any]) -> Any:
+        attended = named["attention_mask"][:, None, None].bool()
+        unseen = torch.zeros(1).masked_fill(~attended, torch.finfo(torch.float32).min)
+        named["attention_mask"] = unseen.expand(-1, -1, attended.shape[-1], -1)
+        return positional, named
+
+    model.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+
+
+def one_square(model: Any, inputs: Any, layer: DistillationLayer, assigned: FeatureRows, photos: Any) -> FeatureGrid:
+    """As if there were no tiles."""
+    return generic.feature_grid(model, inputs, layer, assigned, photos)
+
+
+def unplaced(model: Any, inputs: Any, layer: DistillationLayer, assigned: FeatureRows, photos: Any) -> FeatureGrid:
+    """What cannot be placed is not refused, it crashes."""
+    raise KeyError("image_grid")
+
+
+def all_in_one_corner(grid: FeatureGrid) -> FeatureGrid:
+    """Boxes without any extent, which no grid has."""
+    return replace(grid, box=torch.zeros_like(grid.box))
 
 
 def overflowing(model: Any) -> None:

@@ -25,6 +25,10 @@ class AdapterError(VKDError):
     exit_status = 2
 
 
+class HookError(AdapterError):
+    """A hook crashed, or gave an answer that the core cannot use; what a hook refuses by itself is none of these."""
+
+
 class ModelError(VKDError):
     """A model cannot be loaded, or is not what its adapter expects."""
 

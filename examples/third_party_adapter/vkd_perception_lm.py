@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vkd_framework import tiny
-from vkd_framework.generic import feature_rows, tokenize_pairs
+from vkd_framework.generic import feature_grid, feature_rows, tokenize_pairs
 from vkd_framework.hookspecs import hookimpl
-from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureRows, ImageQuestionPair
+from vkd_framework.types import DistillationLayer, EncodedBatch, FeatureGrid, FeatureRows, ImageQuestionPair
 
 IMAGE, VIDEO, TURN_END = "<|image|>", "<|video|>", "<|eot_id|>"
 POOLING = 2
@@ -71,6 +71,23 @@ def vkd_feature_rows(model: Any, inputs: Mapping[str, Any], layer: DistillationL
     sample = feature_rows(model, inputs, layer, rows).sample
     rows_per_tile = rows // inputs["pixel_values"].shape[1]
     return FeatureRows(sample, real=torch.arange(rows, device=sample.device) % rows_per_tile != 0)
+
+
+@hookimpl
+def vkd_feature_grid(
+    model: Any,
+    inputs: Mapping[str, Any],
+    layer: DistillationLayer,
+    assigned: FeatureRows,
+    photos: Sequence[Sequence[tuple[int, int]]],
+) -> FeatureGrid:
+    """Tiles line by line, as the generic answer has them, but the whole photo comes first instead of last."""
+    tile = int(assigned.real.sum()) // inputs["pixel_values"].shape[1]
+    grid = feature_grid(model, inputs, layer, assigned, photos, tile=tile)
+    for b in range(len(photos)):
+        own = (assigned.sample == b) & assigned.real
+        grid.box[own] = grid.box[own].roll(tile, dims=0)
+    return grid
 
 
 @hookimpl

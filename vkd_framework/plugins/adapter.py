@@ -11,7 +11,7 @@ import pluggy
 
 from vkd_framework import hookspecs
 from vkd_framework.encodings import Encodings, fingerprint
-from vkd_framework.errors import AdapterError, ModelError, on_one_line, with_its_kind
+from vkd_framework.errors import AdapterError, HookError, ModelError, on_one_line, with_its_kind
 from vkd_framework.generic import GenericPlugin
 from vkd_framework.hookspecs import PROJECT
 from vkd_framework.plugins.model import MLLM, Anatomy, partition
@@ -287,8 +287,8 @@ class Adapter:
             raise self._offence(hook, f"must return (model, processor), returned {type(answer).__name__}")
         return answer
 
-    def _offence(self, hook: str, what: str) -> AdapterError:
-        return AdapterError(f"{self._who}, hook {hook}: {what}")
+    def _offence(self, hook: str, what: str) -> HookError:
+        return HookError(f"{self._who}, hook {hook}: {what}")
 
     def _unmarked(self, plugin: object) -> str | None:
         """The first function that is called like a hook and that pluggy did not pick up."""

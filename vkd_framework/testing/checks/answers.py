@@ -49,6 +49,26 @@ def losses_are_those_of_transformers(subject: Subject) -> None:
             raise Wrong(f"{pair.id!r}: loss {reported:.4f}, as the model reports", f"{own:.4f}")
 
 
+def answers_do_not_see_what_follows(subject: Subject) -> None:
+    """With another last token in the answers, the logits of all tokens before it stay as they are."""
+    inputs, content = subject.batch.inputs, subject.batch.content
+    one, other = inputs["input_ids"][content].unique()[:2]
+    tokens = torch.arange(content.shape[1])
+    last = torch.where(content, tokens, -1).amax(dim=1, keepdim=True)
+    exchanged = torch.where(inputs["input_ids"] == one, other, one)
+    changed = {**inputs, "input_ids": torch.where(tokens == last, exchanged, inputs["input_ids"])}
+    before, after = _logits(subject, inputs), _logits(subject, changed)
+    earlier = (tokens < last) & inputs["attention_mask"].bool()
+    for b, pair in enumerate(subject.pairs):
+        gap = relative_gap(after[b][earlier[b]], before[b][earlier[b]])
+        if gap > TOLERANCE:
+            raise Wrong(
+                f"{pair.id!r}: logits that do not know the tokens behind them",
+                f"{gap:.2g} apart with another last token of the answer, so the answer sees itself "
+                "(is a key of `inputs` left as it is on a prompt, such as token_type_ids?)",
+            )
+
+
 def generation_does_not_depend_on_the_batch(subject: Subject) -> None:
     """Next-token logits of a left-padded mixed batch are those of its pairs one by one, while the tokens agree."""
     together = _generated(subject, subject.pairs)
@@ -62,10 +82,16 @@ def generation_does_not_depend_on_the_batch(subject: Subject) -> None:
                 break
 
 
-@torch.no_grad()
 def _losses(subject: Subject, batch: EncodedBatch) -> Tensor:
     """`[B]`: the answer losses of a batch."""
-    return answer_losses(subject.mllm.model(**batch.inputs).logits, batch)
+    return answer_losses(_logits(subject, batch.inputs), batch)
+
+
+@torch.no_grad()
+def _logits(subject: Subject, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`[B, L, V]`: the logits of a batch."""
+    logits: Tensor = subject.mllm.model(**inputs, use_cache=False).logits
+    return logits
 
 
 @torch.no_grad()
@@ -99,5 +125,6 @@ CHECKS = (
     Check(image_tokens_match_the_features, TOKENS),
     Check(losses_do_not_depend_on_the_batch, TOKENS),
     Check(losses_are_those_of_transformers, TOKENS),
+    Check(answers_do_not_see_what_follows, TOKENS),
     Check(generation_does_not_depend_on_the_batch, TOKENS),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vkd_framework.errors import AdapterError
+from vkd_framework.errors import AdapterError, HookError
 from vkd_framework.features import vision_forward
 from vkd_framework.testing.compare import TOLERANCE, differs, few, relative_gap
 from vkd_framework.testing.outcomes import Check, Wrong
@@ -89,18 +89,23 @@ def neighbours_do_not_change_a_samples_rows(subject: Subject) -> None:
     for b, pair in enumerate(subject.pairs):
         if not pair.photos:
             continue
-        inputs = subject.mllm.tokenize([pair]).inputs
-        alone = subject.rows(inputs, subject.look(inputs))
+        sample = f"{pair.id!r} {' and '.join('{}x{}'.format(*photo.size) for photo in pair.photos)} alone"
+        try:
+            inputs = subject.mllm.tokenize([pair]).inputs
+            alone = subject.rows(inputs, subject.look(inputs))
+        except Exception as error:
+            error.add_note(f"with {sample}")
+            raise
         for layer, features in subject.features.items():
             rows = features.rows[features.sample == b]
             if rows.shape != alone[layer].rows.shape:
                 raise Wrong(
-                    f"{layer}: {len(alone[layer].rows)} real rows for sample {b} ({pair.id}), as alone",
+                    f"{layer}: {len(alone[layer].rows)} real rows for sample {b}, as {sample}",
                     f"{len(rows)} in a mixed batch; padding counts as real",
                 )
             gap = relative_gap(rows, alone[layer].rows)
             if gap > 10 * TOLERANCE:
-                raise Wrong(f"{layer}: the rows of sample {b} ({pair.id}) as alone", f"{gap:.2g} apart")
+                raise Wrong(f"{layer}: the rows of sample {b} as {sample}", f"{gap:.2g} apart")
 
 
 def only_rows_that_show_a_photo_are_real(subject: Subject) -> None:
@@ -129,14 +134,15 @@ def only_rows_that_show_a_photo_are_real(subject: Subject) -> None:
                 )
 
 
-def rows_lie_where_the_grid_says(subject: Subject) -> None:
+def rows_lie_where_the_grid_says(subject: Subject) -> str | None:
     """Repainting the left or the upper part of a photo changes the rows that lie there more than those that do not.
 
-    An adapter may refuse a layer or a photo; what it does say must hold.
+    An adapter may refuse a layer or a photo, which is told; what it does say must hold. Three squares side by side and
+    one more for the whole have as many rows as a larger square, in which they do not lie.
     """
-    shapes = [(SIDE, SIDE), (SIDE * 2 // 3, SIDE), (SIDE * 2, SIDE)]
-    photos = [Photo(f"{wide}x{high}", noise(wide, high, 3)) for wide, high in shapes]
-    for photo in photos:
+    shapes = [(SIDE, SIDE), (SIDE * 2 // 3, SIDE), (SIDE * 2, SIDE), (SIDE * 3, SIDE)]
+    refused: dict[str, list[str]] = {}
+    for photo in [Photo(f"{wide}x{high}", noise(wide, high, 3)) for wide, high in shapes]:
         pair = replace(subject.plain[0], photos=(photo,))
         inputs = subject.mllm.tokenize([pair]).inputs
         before = subject.look(inputs)
@@ -149,7 +155,11 @@ def rows_lie_where_the_grid_says(subject: Subject) -> None:
                     grid = subject.adapter.feature_grid(
                         subject.mllm.model, inputs, layer, assigned, [[photo.open().size]]
                     )
+                except HookError:
+                    raise
                 except AdapterError:
+                    if axis == 0:
+                        refused.setdefault(layer.name, []).append(photo.key)
                     continue
                 moved = (repainted.tap.features[layer.name] - rows).norm(dim=1)
                 within = assigned.real & (grid.box[:, axis + 2] <= 0.5)
@@ -161,6 +171,7 @@ def rows_lie_where_the_grid_says(subject: Subject) -> None:
                         f"they change {float(moved[within].mean()):.2g} on average, and the "
                         f"{int(without.sum())} of the other half {float(moved[without].mean()):.2g}",
                     )
+    return f"refused: {', '.join(f'{name} at {few(keys, 4)}' for name, keys in refused.items())}" if refused else None
 
 
 def real_rows_are_finite(subject: Subject) -> None:
