@@ -18,14 +18,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
-from vkd_adapters import qwen_vl
+from vkd_adapters import llava, qwen_vl
 
-from vkd_framework import hookspecs
+from vkd_framework import hookspecs, testing
 from vkd_framework.cli import main
 from vkd_framework.errors import ModelError, RecipeError
 from vkd_framework.features import FeatureTap, photo_features, photo_grid, vision_forward
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.recipe import ATTACK_KINDS, DATA_KINDS, Recipe, load_recipe
+from vkd_framework.testing.checks import MODEL_CHECKS
 from vkd_framework.types import ImageQuestionPair, Photo
 
 ROOT = Path(__file__).parent.parent
@@ -65,11 +66,37 @@ def test_a_hooks_section_says_what_is_returned_checked_and_answered_without_it(h
     assert all(word in section for word in ("\nReturns: ", "\nChecked: ", "\nGeneric answer: "))
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_a_hooks_example_works_on_top_of_the_qwen_vl_adapter(hook: str, tmp_path: Path) -> None:
-    (example,) = blocks(hook_sections()[hook], "python")
+def executed(example: str, hook: str) -> dict[str, Any]:
     namespace: dict[str, Any] = {}
     exec(compile(example, f"{HOOKS_PAGE}:{hook}", "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_has_one_example_and_the_encoding_one_more(hook: str) -> None:
+    assert len(blocks(hook_sections()[hook], "python")) == 1 + (hook == "vkd_tokenize_pairs")
+
+
+def test_the_batch_built_by_hand_passes_every_check_of_an_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = "vkd_tokenize_pairs"
+    by_hand, _ = blocks(hook_sections()[hook], "python")
+    own = {name: answer for name, answer in vars(llava).items() if name.startswith("vkd_")}
+    adapter = Adapter("documented", SimpleNamespace(**{**own, hook: executed(by_hand, hook)[hook]}))
+    asked = [check for check in MODEL_CHECKS if check.look.startswith(hook)]
+    monkeypatch.setattr(testing, "MODEL_CHECKS", asked)
+    testing.assert_conforms(adapter, "tiny:llava")
+
+
+@pytest.mark.parametrize("kind", [ImageQuestionPair, Photo])
+def test_the_page_tells_every_field_of_what_is_encoded(kind: type) -> None:
+    told = re.findall(r"^\| (`.*?`) \|", hook_sections()["vkd_tokenize_pairs"], flags=re.MULTILINE)
+    assert {field.name for field in dataclasses.fields(kind)} <= set(re.findall(r"\w+", " ".join(told)))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hooks_example_works_on_top_of_the_qwen_vl_adapter(hook: str, tmp_path: Path) -> None:
+    *_, example = blocks(hook_sections()[hook], "python")
+    namespace = executed(example, hook)
     if hook not in namespace:
         assert hook.removeprefix("vkd_") in example
         return
@@ -172,8 +199,7 @@ def _pairs() -> list[ImageQuestionPair]:
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_implementation_shown_is_marked_and_takes_only_arguments_the_hook_has(hook: str) -> None:
-    (example,) = blocks(hook_sections()[hook], "python")
-    for node in ast.parse(example).body:
+    for node in ast.parse("".join(blocks(hook_sections()[hook], "python"))).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("vkd_"):
             assert [decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)] == [
                 "hookimpl"
