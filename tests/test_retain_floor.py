@@ -149,6 +149,22 @@ def test_without_a_check_or_a_photo_the_model_is_not_even_asked(tiny: MLLM, spli
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "texts", "why"),
+    [
+        ({"checkpoint_every": 100}, False, "none of 8 steps is a check; only the last phase has any, every 100 steps "),
+        ({}, True, "no retain pair has a photo\n"),
+        ({}, False, "none of 6 retain pairs is answered right to begin with\n"),
+    ],
+)
+def test_a_floor_that_holds_nothing_tells_the_one_reason(
+    tiny: MLLM, splits: Splits, capfd: pytest.CaptureFixture[str], settings: dict[str, Any], texts: bool, why: str
+) -> None:
+    retain = [asked_about(None)] if texts else splits.retain
+    RetainFloor(tiny, guarded(0.9, **settings).unlearn, SHORT, retain, seed=0)
+    assert f"unlearn: the retain floor holds nothing: {why}" in capfd.readouterr().err
+
+
 def test_our_method_has_a_floor_and_published_ones_have_none() -> None:
     floors = {name: load_recipe("qwen2vl_celeb", [f"method={name}"]).unlearn.retain_floor for name in METHODS}
     assert floors == dict.fromkeys(METHODS, None) | {"vkd": 0.8}

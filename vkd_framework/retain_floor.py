@@ -40,8 +40,17 @@ class RetainFloor:
         self._pairs = random.Random(seed).sample(shown, min(config.floor_pairs, len(shown)))
         self._least = (config.retain_floor or 0.0) * exact_match(mllm, self._pairs, evaluation) if self._pairs else 0.0
         if config.retain_floor is not None and not self._least:
-            say("unlearn: the retain floor holds nothing: no check, no retain photo, or no right answer to begin with")
+            say(f"unlearn: the retain floor holds nothing: {self._why(config)}")
         self._held = True
+
+    def _why(self, config: UnlearnConfig) -> str:
+        """Why there is no floor although one was asked for."""
+        if not self.checks:
+            every = f"every {config.checkpoint_every} steps (unlearn.checkpoint_every)"
+            return f"none of {config.steps} steps is a check; only the last phase has any, {every}"
+        if not self._pairs:
+            return "no retain pair has a photo"
+        return f"none of {len(self._pairs)} retain pairs is answered right to begin with"
 
     def holds(self, step: int) -> bool:
         """Whether the model was at or above the floor at the last check; checks before the step when it is time."""
