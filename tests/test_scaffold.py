@@ -21,6 +21,7 @@ from vkd_framework.scaffold.trial import execute, repairs
 from vkd_framework.testing import assert_conforms
 
 TYPES = {
+    "aya_vision": "tiles, and the whole photo as one more",
     "gemma3": "a projector that the family leaves at zero",
     "vipllava": "a class token, and a last block that the language model does not read",
 }
@@ -52,7 +53,10 @@ def test_what_is_peculiar_is_written_out(written: Written) -> None:
     if "gemma3" in written.module.stem:
         assert "for checkpoints to fill" in source
         assert "vkd_feature_rows" not in adapter.hooks
+    elif "aya_vision" in written.module.stem:
+        assert "vkd_feature_grid" in adapter.hooks
     else:
+        assert "vkd_feature_grid" not in adapter.hooks
         assert "vkd_feature_rows" in adapter.hooks
         layers = adapter.tiny_model(["chess"], 48, 0).layers
         assert [layer.reaches_language_model for layer in layers] == [True, True, False, True]
@@ -216,6 +220,8 @@ def test_the_token_that_an_error_asks_for_is_put_into_the_template() -> None:
         (Findings(nested=("merge",)), "vkd_locate_vision_modules"),
         (Findings(modules=("model.eyes", ("model.mouth", "lm_head"))), "vkd_locate_vision_modules"),
         (Findings(class_token=37), "vkd_feature_rows"),
+        (Findings(tiles=True), "vkd_feature_grid"),
+        (Findings(tiles=True, class_token=37), "vkd_feature_grid"),
         (Findings(zeros=("model.gate",)), "vkd_tiny_model"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

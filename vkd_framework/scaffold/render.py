@@ -27,6 +27,8 @@ class Findings:
     """How many blocks at the end no answer depends on, where the generic plugin does not say so."""
     class_token: int = 0
     """Rows of a photo in a block, where the first of them is a class token."""
+    tiles: bool = False
+    """Whether a long photo becomes tiles, and the whole photo as one more."""
     zeros: tuple[str, ...] = ()
     """Weights that the family leaves at zero, for checkpoints to fill."""
     parts: tuple[tuple[str, str], ...] = ()
@@ -54,13 +56,15 @@ def render_adapter(draft: Draft, found: Findings, missing: str | None = None) ->
     """The adapter module; with `missing`, its tiny model raises that sentence."""
     needs_layers = bool(found.unread)
     functions = [
+        *(["feature_grid"] if found.tiles else []),
         *(["feature_rows"] if found.class_token else []),
         *(["list_distillation_layers"] if needs_layers else []),
         *(["locate_vision_modules"] if found.nested else []),
     ]
     names = [
-        *(["DistillationLayer"] if needs_layers or found.class_token else []),
-        *(["FeatureRows"] if found.class_token else []),
+        *(["DistillationLayer"] if needs_layers or found.class_token or found.tiles else []),
+        *(["FeatureGrid"] if found.tiles else []),
+        *(["FeatureRows"] if found.class_token or found.tiles else []),
         *(["VisionModules"] if needs_layers or found.nested or found.modules else []),
     ]
     return (
@@ -75,6 +79,7 @@ def render_adapter(draft: Draft, found: Findings, missing: str | None = None) ->
             modules=found.modules,
             unread=found.unread,
             rows=found.class_token,
+            tiles=found.tiles,
             zeros=found.zeros,
             parts=found.parts,
             longest=max((len(path) for path, _ in found.parts), default=0),

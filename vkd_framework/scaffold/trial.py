@@ -216,7 +216,7 @@ def _default_config(draft: Draft) -> Any:
 
 
 def observe(mllm: MLLM, found: Findings) -> Findings:
-    """Class tokens, blocks that no answer depends on, and the parts, seen on a tiny model that works."""
+    """Class tokens, tiles, blocks that no answer depends on, and the parts, seen on a tiny model that works."""
     inputs = mllm.tokenize(trial_pairs()[:1]).inputs
     mllm.model.requires_grad_(True)
     with FeatureTap(mllm.model, mllm.layers[:1]) as tap:
@@ -238,11 +238,27 @@ def observe(mllm: MLLM, found: Findings) -> Findings:
     return replace(
         found,
         class_token=1 + patches if rows % (patches + 1) == 0 else 0,
+        tiles=_tiles(mllm),
         zeros=found.zeros or (() if any(read) else _zeros(mllm)),
         unread=0 if known else unread,
         parts=tuple(parts),
         layers=tuple(layer.name for layer in [*blocks[: len(blocks) - unread][-2:], *projector]),
     )
+
+
+def _tiles(mllm: MLLM) -> bool:
+    """Whether a photo three times as wide as high has four times the rows of a square one, in four pictures of one."""
+    import torch
+
+    counts = []
+    for width in (PICTURE, 3 * PICTURE):
+        photo = Photo(str(width), Image.effect_noise((width, PICTURE), 80).convert("RGB"))
+        inputs = mllm.tokenize([ImageQuestionPair(photo.key, "What is shown?", "chess", (photo,))]).inputs
+        with torch.no_grad(), FeatureTap(mllm.model, mllm.layers) as tap:
+            vision_forward(mllm, inputs)
+        counts.append([len(inputs.get("pixel_values", ())), *map(len, tap.features.values())])
+    square, long = counts
+    return square[0] == 1 and long == [4 * count for count in square]
 
 
 def _zeros(mllm: MLLM) -> tuple[str, ...]:
