@@ -39,17 +39,23 @@ def new_adapter(name: str, model_type: str, folder: Path | None = None) -> Writt
     except OSError as error:
         raise AdapterError(f"{target}: cannot be made ({error.strerror}); give another folder with --out") from error
 
-    from vkd_framework.scaffold.render import render_adapter, render_package
-    from vkd_framework.scaffold.shrink import draft
+    from vkd_framework.scaffold.render import Findings, render_adapter, render_package
+    from vkd_framework.scaffold.shrink import UNKNOWN, draft
     from vkd_framework.scaffold.trial import execute, work_out
 
     proposal = draft(model_type)
     if proposal is None:
         raise AdapterError(
-            f"transformers pairs no processor with {model_type!r}, so its tiny model cannot be worked out; "
+            f"the config class of {model_type!r} has no defaults to work a tiny model out from; "
             "start from examples/third_party_adapter"
         )
-    proposal, found, missing = work_out(proposal)
+    if proposal.processor_class == UNKNOWN:
+        found = Findings()
+        missing: str | None = (
+            f"transformers pairs no processor with {model_type!r}; write its checkpoints' own into tiny_processor"
+        )
+    else:
+        proposal, found, missing = work_out(proposal)
     module = f"vkd_adapter_{name}"
     source = render_adapter(proposal, found, missing)
     files = render_package(name, module, proposal, found, missing) | {f"{module}.py": source}

@@ -26,6 +26,9 @@ ROWS = (PICTURE // PATCH // 2) ** 2
 
 END = "<|end|>"
 
+UNKNOWN = "ProcessorMixin"
+"""What stands for the processor's class where transformers does not say which it is."""
+
 SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "n_embd", "width", "out_hidden_size"), WIDTH),
     **dict.fromkeys(("projection_dim", "projector_hidden_size", "embedding_dim", "text_hidden_size"), WIDTH),
@@ -87,25 +90,27 @@ class Draft:
 
 
 def draft(model_type: str) -> Draft | None:
-    """A first proposal; None when transformers pairs no processor with the architecture."""
+    """A first proposal; None when its config class has no defaults, as that of two models put together."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     processor_class = PROCESSOR_MAPPING.get(config_class, None)
-    if processor_class is None:
+    try:
+        config = config_class()
+    except ValueError:
         return None
-    named, others = processor_tokens(processor_class)
+    named, others = processor_tokens(processor_class) if processor_class else ({}, [])
     picture = named.get("image_token") or next((token for token in others if "image" in token.lower()), "<image>")
     named.setdefault("image_token", picture)
     return Draft(
         model_type=model_type,
         model_class=MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type],
-        config=tiny_config(config_class(), {name.removesuffix("_token"): token for name, token in named.items()}),
-        processor_class=processor_class.__name__,
-        processor=processor_arguments(processor_class, config_class()),
-        parts=processor_parts(processor_class, config_class),
+        config=tiny_config(config, {name.removesuffix("_token"): token for name, token in named.items()}),
+        processor_class=processor_class.__name__ if processor_class else UNKNOWN,
+        processor=processor_arguments(processor_class, config) if processor_class else {},
+        parts=processor_parts(processor_class, config_class) if processor_class else {},
         named_tokens=named,
         tokens=tuple(sorted({*named.values(), *others})),
         picture=picture,
