@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from vkd_framework.scaffold import Written, check_model_type, check_name, new_ad
 from vkd_framework.scaffold.render import Findings, literal, render_adapter
 from vkd_framework.scaffold.shrink import Code, Draft, draft
 from vkd_framework.scaffold.trial import execute, repairs
-from vkd_framework.testing import assert_conforms
+from vkd_framework.testing import assert_conforms, check_adapter
 
 TYPES = {
     "aya_vision": "tiles, and the whole photo as one more",
@@ -133,6 +134,21 @@ def test_a_package_that_could_not_be_worked_out_says_so_in_one_line_everywhere(u
     adapter = execute(unfinished.module.read_text(encoding="utf-8"), "mine")
     with pytest.raises(AdapterError, match=rf"^{unfinished.missing}$"):
         adapter.tiny_model(["chess"], 48, 0)
+
+
+def test_a_package_that_is_mended_is_not_written_over_and_the_checks_name_what_is_left(unfinished: Written) -> None:
+    written = unfinished.module.read_text(encoding="utf-8")
+    counted = written.replace("tokenizer=tokenizer,", "tokenizer=tokenizer, num_additional_image_tokens=1,")
+    mended = re.sub(r"    raise AdapterError\(.*?\n    \)\n", "", counted, flags=re.DOTALL)
+    unfinished.module.write_text(mended, encoding="utf-8")
+    with pytest.raises(
+        AdapterError, match=r"what you changed in it is kept; .* `vkd check-adapter mine` say what is left"
+    ):
+        new_adapter("mine", "vipllava", unfinished.folder)
+    assert unfinished.module.read_text(encoding="utf-8") == mended
+    assert "let `vkd check-adapter mine` name them" in (unfinished.folder / "README.md").read_text(encoding="utf-8")
+    left = [result for result in check_adapter(execute(mended, "mine")) if not result.ok]
+    assert [result.look.split()[0] for result in left] == ["vkd_feature_rows"]
 
 
 def test_a_package_that_could_not_be_worked_out_is_formatted_and_valid(unfinished: Written) -> None:

@@ -31,6 +31,12 @@ def new_adapter(name: str, model_type: str, folder: Path | None = None) -> Writt
     check_name(name)
     check_model_type(model_type)
     target = folder or Path(f"vkd-adapter-{name.replace('_', '-')}")
+    module = f"vkd_adapter_{name}"
+    if (target / f"{module}.py").exists():
+        raise AdapterError(
+            f"{target}: exists already, and what you changed in it is kept; install it and let "
+            f"`vkd check-adapter {name}` say what is left, or give another folder with --out"
+        )
     if target.exists():
         raise AdapterError(f"{target}: exists already; give another folder with --out")
     try:  # before the long work
@@ -56,7 +62,6 @@ def new_adapter(name: str, model_type: str, folder: Path | None = None) -> Writt
         )
     else:
         proposal, found, missing = work_out(proposal)
-    module = f"vkd_adapter_{name}"
     source = render_adapter(proposal, found, missing)
     files = render_package(name, module, proposal, found, missing) | {f"{module}.py": source}
     with atomic_folder(target) as temporary:
