@@ -52,7 +52,7 @@ def losses_are_those_of_transformers(subject: Subject) -> None:
 def answers_do_not_see_what_follows(subject: Subject) -> None:
     """With another last token in the answers, the logits of all tokens before it stay as they are."""
     inputs, content = subject.batch.inputs, subject.batch.content
-    one, other = inputs["input_ids"][content].unique()[:2]
+    one, other = sorted(set(inputs["input_ids"][content].tolist()))[:2]
     tokens = torch.arange(content.shape[1])
     last = torch.where(content, tokens, -1).amax(dim=1, keepdim=True)
     exchanged = torch.where(inputs["input_ids"] == one, other, one)
