@@ -118,14 +118,13 @@ def test_generation_stops_at_the_token_that_ends_an_answer(tiny: MLLM, splits: S
     assert free != short
 
 
-def test_nothing_is_computed_after_the_end_of_the_last_answer(taught: MLLM, splits: Splits) -> None:
+def test_nothing_is_computed_after_the_end_of_the_last_answer(knowing: MLLM, few: Splits) -> None:
     passes: list[int] = []
-    head = taught.model.get_output_embeddings()
+    head, pair = knowing.model.get_output_embeddings(), few.forget[0]
     handle = head.register_forward_hook(lambda *_: passes.append(1))
-    pair = splits.columns["retain_qa"][0]
-    (written,) = generate(taught, [pair], EvaluateConfig(max_new_tokens=24), what="")
+    (written,) = generate(knowing, [pair], EvaluateConfig(max_new_tokens=24), what="")
     handle.remove()
-    tokens = int(taught.tokenize([replace(pair, answer=written)]).content.sum())
+    tokens = int(knowing.tokenize([replace(pair, answer=written)]).content.sum())
     assert 0 < tokens <= len(passes) <= tokens + 1 < 24  # the end of the answer is a token, too
 
 

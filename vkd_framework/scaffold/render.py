@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ def render_adapter(draft: Draft, found: Findings, missing: str | None = None) ->
             imports=sorted({draft.processor_class, *(cls for cls, _ in draft.parts.values())}),
             literal=literal,
             quoted=quoted,
+            lines_of=lines_of,
             tuple_of=tuple_of,
         )
     )
@@ -136,6 +138,12 @@ def literal(value: Any, indent: int) -> str:
 def quoted(text: str) -> str:
     """A Python string in double quotes."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def lines_of(text: str, indent: int) -> str:
+    """A Python string in as many lines as it takes, each indented like the first."""
+    lines = textwrap.wrap(text, 110 - indent, drop_whitespace=False, break_on_hyphens=False)
+    return ("\n" + " " * indent).join(map(quoted, lines))
 
 
 def tuple_of(names: Sequence[str]) -> str:
