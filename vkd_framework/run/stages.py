@@ -67,8 +67,8 @@ def run(
     """Do the whole run; returns its metrics and its folder. Nothing is written before everything is checked.
 
     `reference`: a recipe file, or the name of one that comes along; `overrides`: as `--set` takes them. Raises
-    RecipeError, DataError, AdapterError or ModelError for what cannot be run, DivergedError when training runs away, and
-    ProofError after everything was written, when the result must not be used.
+    RecipeError, DataError, AdapterError or ModelError for what cannot be run, DivergedError when training runs away,
+    and ProofError after everything was written, when the result must not be used.
     """
     recipe, adapter = checked(reference, overrides)
     folder = ranks.once(lambda: run_folder(recipe, out, resume))
