@@ -118,6 +118,11 @@ def test_generation_stops_at_the_token_that_ends_an_answer(tiny: MLLM, splits: S
     assert free != short
 
 
+def test_a_column_without_pairs_has_no_figures(tiny: MLLM, splits: Splits) -> None:
+    assert evaluate(tiny, {}, CONFIG) == evaluate(tiny, {"empty": []}, CONFIG) == {}
+    assert list(evaluate(tiny, {"empty": [], "qa": splits.columns["retain_qa"][:1]}, CONFIG)) == ["qa"]
+
+
 def test_nothing_is_computed_after_the_end_of_the_last_answer(knowing: MLLM, few: Splits) -> None:
     passes: list[int] = []
     head, pair = knowing.model.get_output_embeddings(), few.forget[0]

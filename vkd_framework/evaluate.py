@@ -44,9 +44,13 @@ def evaluate(
 ) -> dict[str, Answered]:
     """Column -> figures and answers. All columns share their batches, so that small ones cost little.
 
-    What is asked in the same words about the same photos is answered once, whatever each column expects.
+    What is asked in the same words about the same photos is answered once, whatever each column expects. A column
+    without pairs has no figures and is left out.
     """
+    columns = {name: pairs for name, pairs in columns.items() if pairs}
     every = [pair for pairs in columns.values() for pair in pairs]
+    if not every:
+        return {}
     asked = {(pair.question, pair.photo_keys): pair for pair in every}
     given = dict(zip(asked, _written(mllm, list(asked.values()), config, what=f"{what}: answers"), strict=True))
     answers, cut = zip(*(given[pair.question, pair.photo_keys] for pair in every), strict=True)
