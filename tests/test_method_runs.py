@@ -83,6 +83,7 @@ def test_teaching_anew_costs_what_the_teaching_took_even_from_the_cache(
     stages = [name for name in cost if name.endswith("_seconds") and "step" not in name and name != "total_seconds"]
     parts = [cost[name] for name in stages]
     assert cost["total_seconds"] == pytest.approx(sum(parts))
+    assert cost["teach_seconds"] == read_json(folder / "checkpoints" / "teach-vanilla.json")["seconds"]
 
 
 def test_pruning_sets_the_masked_weights_to_zero_and_proves_that_no_other_moved(
