@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no such adapter": (["run", RECIPE, "--set", "adapter=qwen_v1"], ("'qwen_v1'", "did you mean 'qwen_vl'?")),
     "no such layer": (["run", RECIPE, "--set", "layers=[vision.9]"], ("layers: 'vision.9'", "vision.0 to vision.2")),
     "no such layer of a term": (
-        ["run", RECIPE, "--set", "losses.repel.layers=[projecter]"],
+        ["run", RECIPE, "--set", "losses.repel={weight: 1, layers: [projecter]}"],
         ("losses.repel.layers: 'projecter'", "did you mean 'projector'?"),
     ),
     "too few people": (["run", RECIPE, "--set", "data.forget=40"], ("data.forget", "40")),

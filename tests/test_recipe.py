@@ -352,7 +352,19 @@ UNREAD: dict[str, tuple[tuple[str, ...], str]] = {
     "a beta before its form is changed": (("losses.forget_output.beta=1", "losses.forget_output.form=ascent"), "beta"),
     "a target of no weight": (
         ("losses.repel.target=stranger",),
-        "losses.repel.target goes with a losses.repel.weight above 0, and it is 0.0 here",
+        "losses.repel.target goes with losses.repel.weight above 0, and it is 0.0 here",
+    ),
+    "an attacker who is not there": (
+        ("method=vkd_paper", "simulated_attack.rank=4"),
+        "simulated_attack.rank goes with simulated_attack.weight above 0, and it is 0.0 here",
+    ),
+    "a distance of no weight": (
+        ("losses.attract={weight: 0, distance: cka}",),
+        "losses.attract.distance goes with losses.attract.weight above 0",
+    ),
+    "the pairs of no floor": (
+        ("unlearn.retain_floor=null", "unlearn.floor_pairs=8"),
+        "unlearn.floor_pairs goes with unlearn.retain_floor above 0, and it is null here",
     ),
     "a share that nothing is pruned with": (("method=ga", "prune.share=0.1"), "prune.share goes with procedure: prune"),
     "weights of the model's own features": (("teacher.weights=random",), "teacher.weights goes with teacher.kind"),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vkd_framework.recipe.sections import Section, Share, Weight
+from vkd_framework.recipe.sections import ReadWith, Section, Share, Weight
 from vkd_framework.types import Scope
 
 REFUSALS = (
@@ -34,14 +34,16 @@ class ForgetOutputTerm(OutputTerm):
     tokens: Literal["content", "answer"] = Field(
         default="content", description="without the token that ends an answer, or with it"
     )
-    cap: float = Field(
+    cap: Annotated[float, ReadWith("form", ("capped_ascent",))] = Field(
         default=5.0, gt=0, description="nats per token; above it a sample gives no gradient (form: capped_ascent)"
     )
-    beta: float = Field(default=0.4, gt=0, description="how soon a sample counts as forgotten (form: npo)")
-    reference: Literal["vanilla", "retain_only"] = Field(
+    beta: Annotated[float, ReadWith("form", ("npo",))] = Field(
+        default=0.4, gt=0, description="how soon a sample counts as forgotten (form: npo)"
+    )
+    reference: Annotated[Literal["vanilla", "retain_only"], ReadWith("form", ("npo",))] = Field(
         default="vanilla", description="whose probabilities an answer is compared with (form: npo)"
     )
-    refusals: tuple[str, ...] = Field(
+    refusals: Annotated[tuple[str, ...], ReadWith("form", ("refusal",))] = Field(
         default=REFUSALS, min_length=1, description="what is answered instead, drawn for each pair (form: refusal)"
     )
 
@@ -76,7 +78,9 @@ class TeacherConfig(Section):
         default=None,
         description="kind ignorant: retain_only, a folder or a hub id; kind external: timm/NAME or open_clip/NAME/TAG",
     )
-    weights: Literal["pretrained", "random"] = Field(default="pretrained", description="of an external teacher")
+    weights: Annotated[Literal["pretrained", "random"], ReadWith("kind", ("external",))] = Field(
+        default="pretrained", description="of an external teacher"
+    )
 
     @model_validator(mode="after")
     def _source_fits(self) -> TeacherConfig:
@@ -125,16 +129,23 @@ class Losses(Section):
         return self.attract, self.repel
 
 
+A_MASK = ReadWith("kind", ("ratio", "salun", "random"))
+
+
 class MaskConfig(Section):
     """Which of the trained weights may move for forgetting."""
 
     kind: Literal["none", "ratio", "salun", "random"] = "none"
-    granularity: Literal["weight", "neuron"] = "weight"
-    density: Share | None = Field(default=None, description="share of the weights that may move")
-    threshold: float | None = Field(default=None, gt=0, description="score at which a weight may move (kind: ratio)")
-    scope: Literal["forget", "all"] = Field(default="forget", description="which gradients the mask stops")
+    granularity: Annotated[Literal["weight", "neuron"], A_MASK] = "weight"
+    density: Annotated[Share | None, A_MASK] = Field(default=None, description="share of the weights that may move")
+    threshold: Annotated[float | None, ReadWith("kind", ("ratio",))] = Field(
+        default=None, gt=0, description="score at which a weight may move (kind: ratio)"
+    )
+    scope: Annotated[Literal["forget", "all"], A_MASK] = Field(
+        default="forget", description="which gradients the mask stops"
+    )
     pairs: int = Field(default=256, ge=1, description="pairs of each set from which saliency is accumulated")
-    preserve: Literal["retain", "retain_and_text"] = Field(
+    preserve: Annotated[Literal["retain", "retain_and_text"], ReadWith("kind", ("ratio",))] = Field(
         default="retain", description="whose saliency counts against a weight (kind: ratio)"
     )
 
@@ -149,11 +160,16 @@ class MaskConfig(Section):
         return self
 
 
+PRUNING = ReadWith("procedure", ("prune",))
+
+
 class PruneConfig(Section):
     """Which neurons are switched off, with `procedure: prune`."""
 
-    share: Share = Field(default=0.02, description="share of the neurons of the parts in `train`")
-    pairs: int = Field(default=256, ge=1, description="pairs of each set on which activations are measured")
+    share: Annotated[Share, PRUNING] = Field(default=0.02, description="share of the neurons of the parts in `train`")
+    pairs: Annotated[int, PRUNING] = Field(
+        default=256, ge=1, description="pairs of each set on which activations are measured"
+    )
 
 
 class Phase(Section):
@@ -194,7 +210,9 @@ class UnlearnConfig(Section):
     retain_floor: Share | None = Field(
         default=None, description="share of the starting model's exact match below which nothing more is forgotten"
     )
-    floor_pairs: int = Field(default=64, ge=1, description="retain pairs on which the floor is checked")
+    floor_pairs: Annotated[int, ReadWith("retain_floor")] = Field(
+        default=64, ge=1, description="retain pairs on which the floor is checked"
+    )
 
     @model_validator(mode="after")
     def _phases_fill_the_run(self) -> UnlearnConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,9 +14,23 @@ TINY = "tiny"
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, and a key it does not know is an error."""
+    """A part of a recipe: frozen, and a key it does not know is an error.
+
+    In a section with a `weight`, nothing else is read while that is 0.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class ReadWith:
+    """In the type of a setting: it is read only while `key` has one of `values`; without values, while it is set.
+
+    `key` stands beside the setting, or else at the top of the recipe.
+    """
+
+    key: str
+    values: tuple[str, ...] = ()
 
 
 class ModelConfig(Section):
