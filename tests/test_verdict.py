@@ -83,6 +83,11 @@ def test_nothing_found_is_forgotten_with_the_figures_that_say_so() -> None:
         assert figure in words(found)
 
 
+def test_photos_are_called_unseen_only_where_they_were() -> None:
+    found = verdict(good(unseen={"test_vqa": ["phrasings"]}))
+    assert "exact answers about the forgotten people on unseen phrasings (" in words(found)
+
+
 @pytest.mark.parametrize(
     ("metrics", "kind"),
     [

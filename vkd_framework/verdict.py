@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from vkd_framework.intervals import wilson
 from vkd_framework.report.findings import proof_rows
 from vkd_framework.report.formatting import NBSP, is_number, percent, points, significant
-from vkd_framework.report.table import cell_of
+from vkd_framework.report.table import cell_of, never_seen
 
 Kind = Literal["not_forgotten", "hidden", "damaged", "over_forgotten", "forgotten"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -82,7 +82,7 @@ def _not_forgotten(metrics: Mapping[str, Any]) -> str:
     if is_number(before) and before <= limit:
         return (
             f"Not forgotten: there was nothing to forget, the vanilla model itself gives {percent(before)} exact "
-            "answers about the forgotten people on unseen photos."
+            f"answers about the forgotten people on unseen {never_seen(metrics, 'test_vqa')}."
         )
     return ""
 
@@ -163,7 +163,7 @@ def _suspected(relearn: Mapping[str, Any]) -> str:
     steps = rises[0][1]
     return (
         f"Hidden, as it seems: {steps} {'step' if steps == 1 else 'steps'} of relearning bring back {_gap(average)} of "
-        "exact match on unseen photos of the forgotten people, on average over the attacks."
+        "exact match on Test VQA, on average over the attacks."
     )
 
 
@@ -244,7 +244,8 @@ def _answers(metrics: Mapping[str, Any]) -> str:
     if is_number(reference):
         beside.append(f"a model that never knew: {percent(reference)}")
     compared = f" ({'; '.join(beside)})" if beside else ""
-    return f"{percent(after)} exact answers about the forgotten people on unseen photos{compared}"
+    unseen = never_seen(metrics, "test_vqa")
+    return f"{percent(after)} exact answers about the forgotten people on unseen {unseen}{compared}"
 
 
 def _beyond(change: float, most: float, n: object) -> bool:

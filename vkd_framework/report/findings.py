@@ -246,7 +246,7 @@ def identity(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _forgotten_sentence(metrics: Mapping[str, Any]) -> str:
     before, after = cell_of(metrics, "vanilla", "test_vqa"), cell_of(metrics, "unlearned", "test_vqa")
     if not (before and after):
-        return "Questions about the forgotten people on unseen photos were not measured before and after."
+        return "Questions about the forgotten people that unlearning never saw were not measured before and after."
     text = (
         f"Asked about the forgotten people on {never_seen(metrics, 'test_vqa')} that unlearning never saw (Test VQA, "
         f"{count(after.get('n'))} questions), the model gave {percent(before.get('exact_match'))} exact answers before "
