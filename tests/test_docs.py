@@ -136,12 +136,18 @@ def _tokenize(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
 
 
 def _rows(adapter: Adapter, mllm: MLLM, folder: Path) -> None:
-    inputs = mllm.tokenize(_pairs()).inputs
+    from PIL import Image
+
+    photos = [Photo(color, Image.new("RGB", (48, 48), color)) for color in ("olive", "teal", "navy")]
+    shown = [tuple(photos[:2]), (), (photos[2],)]
+    pairs = [ImageQuestionPair(str(i), "What is shown?", "a cat", some) for i, some in enumerate(shown)]
+    inputs = mllm.tokenize(pairs).inputs
     with FeatureTap(mllm.model, mllm.layers) as tap:
         vision_forward(mllm, inputs)
     found = photo_features(mllm, inputs, tap)
-    photos = sum(bool(pair.photos) for pair in _pairs())
-    assert len(tap.features["vision.0"]) - len(found["vision.0"].rows) == photos
+    first, rest = found["vision.0"].sample.bincount(minlength=3)[[0, 2]].tolist()
+    assert len(tap.features["vision.0"]) - len(found["vision.0"].rows) == len(photos)
+    assert first == 2 * rest, "of two photos, two class tokens"
     assert len(tap.features["projector"]) == len(found["projector"].rows)
 
 

@@ -182,6 +182,29 @@ def test_memory_by_hand(tiny: MLLM) -> None:
     assert lines(recipe, tiny, tokens, "relearn, full")["the attacker's copy"] == 4 * total
 
 
+def test_disk_by_hand(tiny: MLLM) -> None:
+    many = Tokens(patches=36, tile=36, image=9, text=40, answer=2, pixels=1000, photos=10**5)
+    recipe, size = make_recipe(), work.sizes(tiny)
+    n, total = tiny.count(recipe.train), tiny.count(PARTS)
+
+    found = {line.what: line.bytes for line in memory.disk(recipe, tiny, size, many)}
+
+    width = next(layer.width for layer in tiny.layers if layer.name == "vision.1")
+    assert width is not None
+    hidden = tiny.model.config.get_text_config().hidden_size
+    assert found == {
+        "the model": 4 * total,
+        "where to go on": 12 * n,
+        "teacher's features": 10**5 * 4 * (36 * width + 9 * hidden) - 2**26,
+        "encoded photos": 10**5 * 4000 - 2**25,
+    }
+    few = memory.disk(recipe, tiny, size, replace(many, photos=10))
+    assert [line.what for line in few] == ["the model", "where to go on"]
+    unknown = {line.what: line for line in memory.disk(recipe, tiny, size, replace(many, photos=0))}
+    assert (unknown["encoded photos"].bytes, unknown["encoded photos"].how[:26]) == (0, "4,000 bytes for each photo")
+    assert [line.what for line in memory.disk(make_recipe(method="manu"), tiny, size, many)] == ["the model"]
+
+
 STEP = """
 import json, sys
 import torch

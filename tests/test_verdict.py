@@ -64,7 +64,8 @@ def relearnt(average: float | None, *rows: dict[str, Any], **changes: Any) -> di
 def alone(*rises: float, pool: str = "known") -> dict[str, Any]:
     """Without a retain-only model; each attack rises from 0 by so much after ten steps."""
     curves = [
-        {"model": "unlearned", "pool": pool, "steps": [0, 10, 30], "exact_match": [0.0, rise, 1.0]} for rise in rises
+        {"model": "unlearned", "scope": "full", "pool": pool, "steps": [0, 10, 30], "exact_match": [0.0, rise, 1.0]}
+        for rise in rises
     ]
     metrics = relearnt(None, curves=curves, average_recovery=0.6)
     del metrics["models"]["retain_only"]
@@ -81,6 +82,13 @@ def test_nothing_found_is_forgotten_with_the_figures_that_say_so() -> None:
     assert words(found).startswith("Forgotten: 2.0 % exact answers about the forgotten people on unseen photos")
     for figure in ("before: 97.0 %", "never knew: 4.0 %", "from 95.0 % to 95.0 %", "\N{MINUS SIGN}2.0 points"):
         assert figure in words(found)
+
+
+@pytest.mark.parametrize(("scopes", "said"), [(["visual"], True), (["visual", "full"], False)])
+def test_an_attack_that_was_not_tried_on_every_weight_is_told(scopes: list[str], said: bool) -> None:
+    found = verdict(relearnt(-0.02, curves=[{"model": "unlearned", "scope": scope} for scope in scopes]))
+    assert found.kind == "forgotten"
+    assert ("attack on every weight (`relearn.scopes`) was not tried" in words(found)) == said
 
 
 def test_photos_are_called_unseen_only_where_they_were() -> None:

@@ -355,8 +355,8 @@ def new_adapter(name: str, model_type: str, out: Path | None) -> None:
 def check_adapter(name: str, model: str | None, as_json: bool) -> None:
     """Check that adapter NAME tells the truth about its models; exit status 1 when it does not.
 
-    NAME is a registered adapter, or the dotted path of a module that can be imported from here. The checks are listed
-    in docs/conformance.md.
+    NAME is an installed adapter, or the dotted path of a module that can be imported from here. What `vkd new-adapter`
+    writes has no dot in its name: install it first. The checks are listed in docs/conformance.md.
     """
     sys.path.insert(0, os.getcwd())  # an author checks before installing
     with quick_imports():

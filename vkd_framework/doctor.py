@@ -108,4 +108,5 @@ def _cache() -> Check:
     with tempfile.TemporaryFile(dir=folder):
         pass
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Check("cache", f"{folder}, {size / 2**20:.0f} MiB of taught models")
+    free = shutil.disk_usage(folder).free
+    return Check("cache", f"{folder}, {size / 2**20:.0f} MiB of taught models, {free / 2**30:.1f} GiB free")

@@ -47,6 +47,7 @@ _PLACES = {
 }
 _POOLS = {"known": "pairs that unlearning used", "new": "new photos", "others": "other people only"}
 _SUSPECTED = "Without a retain-only model attacked alike, hiding can only be suspected, not shown."
+_VISUAL_ONLY = "An attack on every weight (`relearn.scopes`) was not tried, and may bring back more."
 _UNTRIED = "Relearning was not tried, so it is not known whether something was hidden; `vkd relearn` tries it."
 
 
@@ -69,8 +70,8 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
     further = [other for _, other in others]
     if not metrics.get("relearn"):
         further.append(_UNTRIED)
-    elif _unreferenced(metrics):
-        further.append(_SUSPECTED)
+    else:
+        further += [_SUSPECTED] * _unreferenced(metrics) + [_VISUAL_ONLY] * _spared(metrics["relearn"])
     return Verdict(kind, sentence, tuple(further))
 
 
@@ -282,6 +283,12 @@ def _range(relearn: Mapping[str, Any]) -> str:
 
 def _unreferenced(metrics: Mapping[str, Any]) -> bool:
     return not is_number((metrics.get("relearn") or {}).get("advantage_over_retain_only"))
+
+
+def _spared(relearn: Mapping[str, Any]) -> bool:
+    """Whether no attack reached the language model."""
+    scopes = {curve["scope"] for curve in relearn.get("curves") or () if curve["model"] == "unlearned"}
+    return bool(scopes) and "full" not in scopes
 
 
 def _gap(value: float) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vkd_framework.estimate import devices, memory, tokens, work
 from vkd_framework.estimate.devices import Rate
-from vkd_framework.estimate.memory import Stage
+from vkd_framework.estimate.memory import Line, Stage
 from vkd_framework.estimate.tokens import Tokens
 from vkd_framework.estimate.work import Pass, Sizes
 from vkd_framework.plugins import Anatomy
@@ -29,6 +29,7 @@ class Estimate:
     rate: Rate
     passes: tuple[Pass, ...]
     stages: tuple[Stage, ...]
+    disk: tuple[Line, ...]
 
     @property
     def step_flops(self) -> float:
@@ -50,4 +51,5 @@ def estimate(recipe: Recipe, anatomy: Anatomy, found: Tokens, rate: Rate, *, pro
     """Put it together. `process`: bytes that the process holds already, on a CPU."""
     size = work.sizes(anatomy)
     stages = memory.stages(recipe, anatomy, size, found, process=process)
-    return Estimate(recipe, size, found, rate, tuple(work.passes(recipe)), tuple(stages))
+    disk = memory.disk(recipe, anatomy, size, found)
+    return Estimate(recipe, size, found, rate, tuple(work.passes(recipe)), tuple(stages), tuple(disk))

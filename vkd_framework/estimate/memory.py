@@ -1,4 +1,4 @@
-"""How much memory each stage of a run takes at its peak, line by line.
+"""How much memory each stage of a run takes at its peak, and how much disk the run, line by line.
 
 What training keeps for the way back is counted block by block: what normalisation, attention and the feed-forward part
 save, and the inputs of weight matrices where those are trained. The counts are what autograd saves for the usual block
@@ -7,6 +7,7 @@ with sdpa attention; on the tiny models of all four families they are within a f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,6 +94,29 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         masters = recipe.relearn.master_weights
         found.append(training(f"relearn, {scope}", SCOPES[scope], recipe.relearn.batch_size, copied, masters=masters))
     return found
+
+
+def disk(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens) -> list[Line]:
+    """What a run writes to disk, taught models aside. Of photos that are not counted, a line of 0 bytes."""
+    each = BYTES[recipe.model.dtype]
+    total, n = anatomy.count(PARTS), anatomy.count(recipe.train)
+    lines = [Line("the model", total * each, f"{total:,} x {each}, in the run's folder")]
+    if recipe.procedure != "tune":
+        return lines
+    state = n * each + _optimiser(n, each, recipe.unlearn.master_weights).bytes
+    lines.append(Line("where to go on", state, "what is trained and its optimiser, until unlearning is done"))
+    remembered = {
+        "teacher's features": (_features(recipe, size, tokens, anatomy) * each, shelf.LIMIT, math.inf),
+        "encoded photos": (tokens.pixels * 4, encodings.LIMIT // 2, encodings.DISK_LIMIT),
+    }
+    for what, (one, in_memory, most) in remembered.items():
+        beyond = min(most, max(0.0, tokens.photos * one - in_memory))
+        if not tokens.photos and one:
+            how = f"{one:,.0f} bytes for each photo, and those could not be counted"
+            lines.append(Line(what, 0, f"{how}; in the cache folder while it runs"))
+        elif beyond:
+            lines.append(Line(what, beyond, f"{tokens.photos:,} photos; in the cache folder while it runs"))
+    return lines
 
 
 def _optimiser(n: int, each: int, masters: bool) -> Line:

@@ -38,6 +38,11 @@ def text(found: Estimate, *, limit: float | None = None, changes: Sequence[Chang
     ]
     others = [f"{stage.name} {size(stage.bytes)}" for stage in found.stages if stage is not peak]
     lines.append(f"         other stages: {'; '.join(others)}")
+    lines.append(f"disk     about {size(sum(line.bytes for line in found.disk))}")
+    lines += [
+        f"         {line.what:<22}{size(line.bytes) if line.bytes else '?':>10}  {line.how}"
+        for line in sorted(found.disk, key=lambda line: -line.bytes)
+    ]
     if limit is not None:
         lines += ["", *fitting(found, limit, changes)]
     return "\n".join(lines)

@@ -33,6 +33,7 @@ from vkd_framework.run.metrics import cost_of, metrics_of
 from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair
 from vkd_framework.unlearn import History, active_parameters, unlearn
 from vkd_framework.vanilla import device_of, save, starting_model, teaching_seconds
+from vkd_framework.verdict import STILL_ANSWERED
 
 
 def dry_run(
@@ -103,10 +104,11 @@ class Run(Measurements):
         models = {"vanilla": self.starting("vanilla", knows_forgotten=True)}
         if self.recipe.reference == "retain_only":
             models["retain_only"] = self.starting("retain_only", knows_forgotten=False)
+        columns = {"vanilla": self._known(models["vanilla"])}
         self._mask(models["vanilla"])
         outcome = self._unlearn(models["vanilla"])
         models["unlearned"] = str(self.folder / "model")
-        columns = {name: self.answers(name, source) for name, source in models.items()}
+        columns |= {name: self.answers(name, source) for name, source in models.items() if name != "vanilla"}
         curves = [
             curve
             for name in ("unlearned", "retain_only")
@@ -141,6 +143,16 @@ class Run(Measurements):
         anatomy = describe(self.recipe.model.source, self.adapter)
         found = estimate_of(self.recipe, self.adapter, anatomy, self.device, self.splits, process=resident_memory())
         return {"step_seconds": found.step_seconds, "peak_memory_bytes": found.peak.bytes}
+
+    def _known(self, vanilla: str) -> dict[str, Any]:
+        """The starting model's columns; says before anything is unlearned when there is little to unlearn."""
+        columns = self.answers("vanilla", vanilla)
+        if (known := columns["test_vqa"]["cell"]["exact_match"]) <= STILL_ANSWERED:
+            say(
+                f"warning: the starting model gives {known:.1%} exact answers about the forgotten people, so there is "
+                "little to forget. Does it know them, and are the answers in its own words?"
+            )
+        return columns
 
     @property
     def _mask_file(self) -> Path:
