@@ -121,6 +121,13 @@ def test_examples_are_of_the_same_person_on_other_photos_and_do_not_tell_the_ans
     assert in_context.with_examples(splits.columns["test_vqa"][0], others, 1, seed=0) is None
 
 
+def test_examples_repeat_a_topic_where_there_are_no_others(splits: Splits) -> None:
+    asked = splits.columns["test_vqa"][0]
+    alike = [replace(one, answer="yes") for one in splits.forget if one.subject == asked.subject]
+    shown = in_context.with_examples(asked, alike, 2, seed=0)
+    assert shown is not None and len(set(shown.photo_keys)) == 3
+
+
 def test_an_example_that_tells_the_answer_in_its_question_is_not_shown(splits: Splits) -> None:
     pair = splits.columns["test_vqa"][0]
     telling = [replace(one, question=f"Is it {pair.answer}?") for one in splits.forget if one.subject == pair.subject]
@@ -350,7 +357,7 @@ def test_a_model_that_answers_worse_than_one_that_never_knew_is_flagged() -> Non
     low, high = pushed["interval_95"]
     assert (low + high) / 2 == pytest.approx(pushed["excess"])
     # residuals -.025, -.125 and, for the answer c, .075 + .075, of three groups
-    assert (high - low) / 2 == pytest.approx(1.959964 * (0.025**2 + 0.125**2 + 0.15**2) ** 0.5 * 1.5**0.5 / 4)
+    assert (high - low) / 2 == pytest.approx(4.302653 * (0.025**2 + 0.125**2 + 0.15**2) ** 0.5 * 1.5**0.5 / 4)
 
 
 def test_without_a_reference_the_vanilla_model_on_strangers_is_what_never_knew() -> None:

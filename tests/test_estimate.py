@@ -180,6 +180,9 @@ def test_memory_by_hand(tiny: MLLM) -> None:
     assert lines(without, tiny, tokens, "unlearn")["optimiser"] == 4 * n
     assert "attacker's weights" not in half
     assert lines(recipe, tiny, tokens, "relearn, full")["the attacker's copy"] == 4 * total
+    assert lines(recipe, tiny, tokens, "attacks")["the rounded copy"] == 4 * total
+    without = memory.stages(make_recipe(attacks=[]), tiny, work.sizes(tiny), tokens)
+    assert "attacks" not in [stage.name for stage in without]
 
 
 def test_disk_by_hand(tiny: MLLM) -> None:
@@ -326,7 +329,8 @@ def test_a_language_model_in_8_bits_is_advised_where_nothing_cheaper_is_enough()
     again = estimating()
     changes = advise(again(()), 20e9, again)
     (rounded,) = [change for change in changes if "model.quantize" in change.settings]
-    assert "int8" in rounded.flags and "attacks" in rounded.settings
+    assert "int8" in rounded.flags
+    assert any("quantize" not in change.settings.get("attacks", "quantize") for change in changes)
     recipe = changes[-1].then.recipe
     assert (recipe.model.quantize, recipe.relearn.scopes) == ("int8", ("visual",))
     assert [attack.kind for attack in recipe.attacks] == [a.kind for a in EVERY_ATTACK if a.kind != "quantize"]

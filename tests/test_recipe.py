@@ -131,6 +131,18 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("data.forget: should be names, or a text file with one name a line (given: 3); `vkd",),
     ),
     "another dtype": ({"model": {"dtype": "float8"}}, ("model.dtype", "bfloat16", "float8")),
+    "an attacker in float16": (
+        {"model": {"dtype": "float16"}, "simulated_attack": {"weight": 1}},
+        ("simulated_attack.weight", "float16 is too narrow", "bfloat16 or float32"),
+    ),
+    "an int8 language model put back": (
+        {
+            "model": {"quantize": "int8"},
+            "relearn": {"scopes": ["visual"]},
+            "attacks": [{"kind": "module_restore", "parts": ["language_model"]}],
+        },
+        ("model.quantize", "language_model out of the parts of module_restore"),
+    ),
     "another device": ({"model": {"device": "tpu"}}, ("model.device", "tpu")),
     "no layers": ({"layers": []}, ("layers: missing", "losses.attract needs at least 1")),
     "nothing trained": ({"train": []}, ("train", "at least 1")),

@@ -172,6 +172,13 @@ def test_the_summary_against_a_hand_computation() -> None:
     assert block["recovery_from_others"] is None
 
 
+def test_nothing_is_averaged_where_every_attacker_only_had_other_people() -> None:
+    theirs = [curve("unlearned", (0.1, 0.3), pool="others"), curve("retain_only", (0.0, 0.1), pool="others")]
+    block = summarise(theirs, vanilla=0.9)
+    assert block["recovery_from_others"] == pytest.approx(0.2)
+    assert {block[name] for name in ("average_recovery", "average_gap", "advantage_over_retain_only")} == {None}
+
+
 def test_attackers_who_only_have_other_people_have_a_figure_of_their_own() -> None:
     mine = [curve("unlearned", (0.1, 0.3)), curve("retain_only", (0.0, 0.1))]
     theirs = [curve("unlearned", (0.1, 0.15), pool="others"), curve("retain_only", (0.0, 0.0), pool="others")]
@@ -213,7 +220,8 @@ def test_the_interval_of_the_advantage_is_over_the_questions_and_not_over_the_at
     once, twice = (summarise(both(*[(mine, theirs)] * n), vanilla=1.0, test=test) for n in (1, 2))
     low, high = once["advantage_interval_95"]
     spread = math.sqrt((2 * 0.5**2 + 2 * 0.5**2) / 3 / 4)  # of the differences 1, 1, 0, 0
-    assert (low, high) == pytest.approx((0.5 - 1.96 * spread, 0.5 + 1.96 * spread), abs=1e-4)
+    student = 3.182446  # of 3 degrees of freedom
+    assert (low, high) == pytest.approx((0.5 - student * spread, 0.5 + student * spread), abs=1e-4)
     assert twice["advantage_interval_95"] == pytest.approx([low, high])
     assert once["advantage_over_retain_only"] == pytest.approx(0.5)
     together = [replace(test[0], subject="a", answer="a")] * 2 + [replace(test[0], subject="b", answer="a")] * 2

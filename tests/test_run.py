@@ -148,6 +148,13 @@ def test_what_was_expected_stands_beside_what_was_measured(finished: Finished) -
     assert cost["estimated_step_seconds"] > 0
     assert cost["estimated_peak_memory_bytes"] == pytest.approx(cost["peak_memory_bytes"], rel=0.5)
     assert "estimated against measured: " in (finished.folder / "log.txt").read_text()
+
+
+def test_a_starting_model_that_knows_little_is_told_before_anything_is_unlearned(finished: Finished) -> None:
+    known = finished.metrics["models"]["vanilla"]["test_vqa"]["exact_match"]
+    assert known < 0.1, "so little teaching leaves nothing to forget"
+    told, _, after = (finished.folder / "log.txt").read_text().partition("there is little to forget")
+    assert "unlearned: " not in told and "unlearned: " in after
     assert " (estimated " in (finished.folder / "report.md").read_text()
 
 

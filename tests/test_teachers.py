@@ -14,12 +14,13 @@ import torch
 from conftest import asked_about, changed, make_recipe, picture, weights
 from torch import Tensor
 
-from vkd_framework import external, losses
-from vkd_framework.errors import ModelError, RecipeError
+from vkd_framework import external, losses, shelf
+from vkd_framework.errors import ModelError, RecipeError, VKDError
 from vkd_framework.objective import Objective
 from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.recipe import Recipe, TeacherConfig
 from vkd_framework.run import dry_run, run
+from vkd_framework.shelf import Shelf
 from vkd_framework.substitutes import without_motif
 from vkd_framework.teachers import Teacher, guides, kept_pairs, watched
 from vkd_framework.types import ImageQuestionPair, Photo, Splits
@@ -100,6 +101,19 @@ def test_the_teacher_does_not_follow_the_student(student: MLLM, pairs: list[Imag
 def test_the_teachers_features_carry_no_gradient(student: MLLM, pairs: list[ImageQuestionPair]) -> None:
     student.model.requires_grad_(True)
     assert not Teacher(watched(student, ["projector"], pairs)).rows("projector", pairs).requires_grad
+
+
+def test_features_that_do_not_fit_on_the_disk_are_told_in_one_line(
+    tiny: MLLM, pairs: list[ImageQuestionPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Shelf, "_write", full)
+    monkeypatch.setattr(shelf.Shelf.__init__, "__defaults__", (0,))
+    with pytest.raises(VKDError, match=r"No space left.*VKD_CACHE") as raised:
+        watched(tiny, ["vision.0"], pairs)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_teacher_without_layers_holds_nothing(tiny: MLLM, pairs: list[ImageQuestionPair]) -> None:

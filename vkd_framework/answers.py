@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,16 +63,13 @@ def degenerate_shares(
 
 
 def changed_text(
-    columns: Mapping[str, Sequence[ImageQuestionPair]], before: Given, after: Given, *, without: Collection[str] = ()
+    columns: Mapping[str, Sequence[ImageQuestionPair]], before: Given, after: Given
 ) -> dict[str, float] | None:
-    """`{changed, n}`: the share of text-only questions that are answered in other words than before; None without any.
-
-    `without`: subjects about whom other answers are no damage.
-    """
+    """`{changed, n}`: the share of text-only questions answered in other words than before; None without any."""
     changed = [
         normalise(first) != normalise(second)
         for pair, (first, _), (second, _) in _both(columns, before, after)
-        if not pair.photos and pair.subject not in without
+        if not pair.photos
     ]
     return {"changed": sum(changed) / len(changed), "n": len(changed)} if changed else None
 

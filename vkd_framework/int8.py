@@ -64,4 +64,4 @@ def hold_language_model_in_int8(mllm: MLLM) -> None:
 
 
 def _made(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype).mul_(scale[:, None].to(dtype))
+    return weight.to(dtype).mul_(scale[:, None])

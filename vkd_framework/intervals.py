@@ -23,12 +23,13 @@ def wilson(hits: float, n: int, z: float = Z) -> tuple[float, float]:
 def clustered(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The 95 % interval of the mean of all values, where those of a group go together; at least two groups.
 
-    From the cluster-robust standard error (Liang and Zeger, Biometrika 1986) with the factor G / (G - 1) for G groups.
+    From the cluster-robust standard error (Liang and Zeger, Biometrika 1986) with the factor G / (G - 1) for G groups,
+    and Student's t with G - 1 degrees of freedom.
     """
     n = sum(map(len, groups))
     mean = math.fsum(value for group in groups for value in group) / n
     squares = math.fsum(math.fsum(value - mean for value in group) ** 2 for group in groups)
-    half = Z * math.sqrt(squares * len(groups) / (len(groups) - 1)) / n
+    half = student_quantile(len(groups) - 1) * math.sqrt(squares * len(groups) / (len(groups) - 1)) / n
     return mean - half, mean + half
 
 

@@ -269,8 +269,10 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostProcessError(
-            "another process of this run has ended; what it said is above, or it was killed. Go on with --resume"
+            "another process of this run has ended or cannot be reached; what it said is above, or it was killed. "
+            f"Go on with --resume ({reason})"
         ) from error
 
 

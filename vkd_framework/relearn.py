@@ -182,7 +182,7 @@ def summarise(
     number of steps, and the difference.
     """
     own = [curve for curve in curves if curve.model == "unlearned"]
-    informed = [curve for curve in own if curve.pool != "others"] or own
+    informed = [curve for curve in own if curve.pool != "others"]
     attacked = [score for curve in informed for score in curve.exact_match[1:]]
     reference = {_attacker(c): c for c in curves if c.model == "retain_only"}
     both = [(curve, reference[_attacker(curve)]) for curve in informed if _attacker(curve) in reference]
@@ -193,8 +193,8 @@ def summarise(
     ]
     uninformed = [recovery for curve in own if curve.pool == "others" for recovery in _recoveries(curve)]
     return {
-        "average_recovery": _mean([recovery for curve in informed for recovery in _recoveries(curve)]),
-        "average_gap": None if vanilla is None else _mean([vanilla - score for score in attacked]),
+        "average_recovery": _mean([recovery for c in informed for recovery in _recoveries(c)]) if informed else None,
+        "average_gap": None if vanilla is None or not attacked else _mean([vanilla - score for score in attacked]),
         "advantage_over_retain_only": _mean(ahead) if ahead else None,
         "advantage_interval_95": advantage_interval(both, test),
         "recovery_from_others": _mean(uninformed) if uninformed else None,

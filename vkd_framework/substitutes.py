@@ -51,7 +51,8 @@ def substitutes(
         means = {name: _mean(recipe, name, due, theirs) for name in layers}
         return {keys: {n: means[n].expand(len(rows), -1) for n, rows in own.items()} for keys, own in due.items()}
     named = {pair.photo_keys for pair in known if pair.subject is not None} or set(theirs)
-    return {keys: theirs[_stranger(keys, own, theirs, named, recipe.seed)] for keys, own in due.items()}
+    sizes = {keys: _rows(theirs[keys]) for keys in named}
+    return {keys: theirs[_stranger(keys, _rows(own), sizes, recipe.seed)] for keys, own in due.items()}
 
 
 def without_motif(picture: Image.Image, seed: str) -> Image.Image:
@@ -84,16 +85,20 @@ def _mean_of(tensors: Iterable[Tensor]) -> Tensor:
     return (total / count).to(dtype)
 
 
+def _rows(features: Mapping[str, Tensor]) -> dict[str, int]:
+    """Layer -> how many rows a photo has there; read once, since what lies on disk is read whole."""
+    return {name: len(rows) for name, rows in features.items()}
+
+
 def _stranger(
-    keys: tuple[str, ...], own: Mapping[str, Tensor], theirs: Memory, named: set[tuple[str, ...]], seed: int
+    keys: tuple[str, ...], rows: Mapping[str, int], sizes: Mapping[tuple[str, ...], Mapping[str, int]], seed: int
 ) -> tuple[str, ...]:
-    fitting = sorted(
-        other for other in named if all(len(theirs[other][name]) == len(rows) for name, rows in own.items())
-    )
+    """The photo of somebody else, drawn by the seed among those of the same `sizes`."""
+    fitting = sorted(other for other, theirs in sizes.items() if theirs == rows)
     if not fitting:
         raise RecipeError(
             f"losses.repel.target: stranger needs a retained photo with as many feature rows as {keys[0]} "
-            f"({len(next(iter(own.values())))}), and there is none; take mean or noise"
+            f"({next(iter(rows.values()))}), and there is none; take mean or noise"
         )
     return random.Random(f"{seed}/{keys}").choice(fitting)
 

@@ -8,6 +8,7 @@ Shapes: `R` feature rows of a layer, `D` channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from vkd_framework import external
 from vkd_framework.alignment import LinearMap, laid_over
 from vkd_framework.batches import in_parts
-from vkd_framework.errors import RecipeError
+from vkd_framework.cache import CACHE_VARIABLE, cache_folder
+from vkd_framework.errors import RecipeError, VKDError, on_one_line
 from vkd_framework.features import FeatureTap, photo_features, photo_grid, vision_forward
 from vkd_framework.losses import RELATIONAL
 from vkd_framework.plugins import MLLM
@@ -105,7 +107,8 @@ def watched(mllm: MLLM, layers: Sequence[str], pairs: Iterable[ImageQuestionPair
     for chunk, inputs, tap in _passes(mllm, layers, pairs, batch_size):
         found = photo_features(mllm, inputs, tap)
         for b, pair in enumerate(chunk):
-            memory[pair.photo_keys] = {name: f.rows[f.sample == b].cpu() for name, f in found.items()}
+            with _room():
+                memory[pair.photo_keys] = {name: f.rows[f.sample == b].cpu() for name, f in found.items()}
     return memory
 
 
@@ -133,8 +136,21 @@ def resampled(
             for b, own in enumerate(found):
                 own[layer.name] = rows[sample == b]
         for pair, own in zip(chunk, found, strict=True):
-            memory[pair.photo_keys] = own
+            with _room():
+                memory[pair.photo_keys] = own
     return memory
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Tell in one line that the features did not fit on the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise VKDError(
+            f"{cache_folder()}: the teacher's features of all photos could not be kept ({on_one_line(error)}); make "
+            f"room there, or let {CACHE_VARIABLE} name a folder on a larger disk, and go on with --resume"
+        ) from error
 
 
 def _look(mllm: MLLM, recipe: Recipe, splits: Splits, ignorant: Callable[[], MLLM] | None) -> Look:

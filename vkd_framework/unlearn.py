@@ -63,7 +63,9 @@ def unlearn(
             save_training(resume, step, stepper.learned, stepper.optimizer, history)
             record(history)
         entry, terms = stepper.step(step)
-        history.append({key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()})
+        history.append(
+            {key: float(f"{value:.8g}") if isinstance(value, float) else value for key, value in entry.items()}
+        )
         progress.note = ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
     mllm.model.requires_grad_(False)
     record(history)

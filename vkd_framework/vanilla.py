@@ -89,6 +89,12 @@ def device_of(recipe: Recipe) -> str:
     wanted = recipe.model.device
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"model.device: {wanted} was asked for, but torch sees no GPU; use auto or cpu")
+    index, seen = None if wanted == "auto" else torch.device(wanted).index, torch.cuda.device_count()
+    if index is not None and index >= seen:
+        raise RecipeError(
+            f"model.device: {wanted} was asked for, but torch sees {seen} GPU{'s' * (seen > 1)}; use auto, or cuda:0 "
+            f"to cuda:{seen - 1}"
+        )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if ranks.size() == 1 or device == "cpu":
         return device

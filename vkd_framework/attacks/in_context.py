@@ -58,13 +58,15 @@ def with_examples(
         by_answer[example.answer].append(example)
     chosen: list[ImageQuestionPair] = []
     photos: set[str] = set()
-    for waiting in by_answer.values():
-        fresh = [example for example in waiting if example.photo_keys[0] not in photos]
-        if fresh and len(chosen) < count:
-            chosen.append(fresh[0])
-            photos.add(fresh[0].photo_keys[0])
-    if len(chosen) < count:
-        return None
+    while len(chosen) < count:
+        before = len(chosen)
+        for waiting in by_answer.values():
+            fresh = [example for example in waiting if example.photo_keys[0] not in photos]
+            if fresh and len(chosen) < count:
+                chosen.append(fresh[0])
+                photos.add(fresh[0].photo_keys[0])
+        if len(chosen) == before:
+            return None
     said = " ".join(f"{example.question} {example.answer}." for example in chosen)
     return replace(
         pair,

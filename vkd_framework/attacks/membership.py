@@ -47,8 +47,8 @@ def attack(config: MembershipAttack, target: Target) -> dict[str, Any]:
     """The three AUCs (0.5: photos of the forgotten and of strangers look alike; None without strangers).
 
     `per_question` holds, for each question of Test VQA, the answer's `loss` and probability and the truth ratio (null
-    without options), and the `stranger_loss` of the same answer about a stranger's photo: `compare` sets models against
-    each other with them.
+    without options), and the `stranger_loss` of the same answer about a stranger's photo: `attacks.conclude` sets
+    models against each other with them.
     """
     batch = target.evaluation.batch_size
     members = [pair for pair in target.splits.columns["forget_vqa"] if pair.photos and pair.kind == "identity"]

@@ -120,7 +120,7 @@ def better(one: Estimate, other: Estimate) -> Better:
         return ""
     if (one.mean < other.mean) != (one.figure.better == "lower"):
         return ""
-    return "" if one.mean == other.mean else "*" if _meet(one, other) else "**"
+    return "*" if _meet(one, other) else "**"
 
 
 def _meet(one: Estimate, other: Estimate) -> bool:

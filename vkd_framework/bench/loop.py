@@ -78,7 +78,7 @@ def _child(cell: Cell, environment: Mapping[str, str], sender: Connection) -> No
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cell.lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(cell.lock, timeout=0):
+        with FileLock(cell.lock, timeout=1):  # `--list` tries it for a moment
             sender.send(_do(cell))
     except Timeout:
         sender.send(("busy", ""))

@@ -167,11 +167,18 @@ def _eight_bits(recipe: Recipe, stage: str) -> tuple[str, ...]:
         return ()
     rank = _attacker_rank(recipe, "unlearn")
     scopes = ("relearn.scopes=[visual]",) if "full" in recipe.relearn.scopes else ()
+    return ("model.quantize=int8", *rank, *scopes, *_without_rounding(recipe))
+
+
+def _rounding(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    return _without_rounding(recipe) if stage == "attacks" else ()
+
+
+def _without_rounding(recipe: Recipe) -> tuple[str, ...]:
     left = [attack.model_dump(mode="json", exclude_defaults=True) for attack in recipe.attacks]
     left = [attack for attack in left if attack["kind"] != "quantize"]
     written = yaml.safe_dump(left, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
-    attacks = (f"attacks={written}",) if len(left) < len(recipe.attacks) else ()
-    return ("model.quantize=int8", *rank, *scopes, *attacks)
+    return (f"attacks={written}",) if len(left) < len(recipe.attacks) else ()
 
 
 def _projector(recipe: Recipe, stage: str) -> tuple[str, ...]:
@@ -193,6 +200,7 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_batches, "noisier steps; more of them may be needed"),
     (_relearn_batch, "a somewhat weaker attack"),
     (_masters, "small steps are rounded away, and many weights stand still"),
+    (_rounding, "does not try whether rounded weights bring anything back"),
     (_relearn_scopes, "does not measure the attack on every weight"),
     (_eight_bits, "everything is measured with a rounded language model, and no attack tunes it"),
     (_projector, "forgets less"),

@@ -88,6 +88,9 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         found.append(Stage("unlearn", (*held, *_unlearning(recipe, count, size, tokens, anatomy, process > 0))))
     one = Pass("evaluate", recipe.evaluate.batch_size, True, ())
     found.append(Stage("evaluate", (*held, *_pass_lines(one, size, tokens, each))))
+    if any(attack.kind == "quantize" for attack in recipe.attacks):
+        rounded = Line("the rounded copy", total * each, f"{total:,} x {each}")
+        found.append(Stage("attacks", (*held, rounded, *_pass_lines(one, size, tokens, each))))
     for scope in recipe.relearn.scopes:
         n = trained(SCOPES[scope])
         copied = Line("the attacker's copy", n * each, f"{n:,} x {each}")

@@ -115,6 +115,9 @@ class Recipe(Section):
             and simulated.rank is None,
             "full out of relearn.scopes": "full" in self.relearn.scopes,
             "quantize out of attacks": any(attack.kind == "quantize" for attack in self.attacks),
+            "language_model out of the parts of module_restore": any(
+                attack.kind == "module_restore" and "language_model" in attack.parts for attack in self.attacks
+            ),
         }
         if found := [mend for mend, wrong in tuned.items() if wrong]:
             raise ValueError(
@@ -128,6 +131,11 @@ class Recipe(Section):
             raise ValueError(
                 f"simulated_attack.head_start: an attack also ends at every checkpoint, so {attack.head_start} steps "
                 f"are never over; make unlearn.checkpoint_every ({self.unlearn.checkpoint_every}) larger"
+            )
+        if attack.weight and self.model.dtype == "float16":
+            raise ValueError(
+                "simulated_attack.weight: what the attacker holds is in model.dtype, and float16 is too narrow for it; "
+                "take bfloat16 or float32, or a weight of 0"
             )
         terms = self.losses
         if terms.forget_output.weight == 0 and terms.repel.weight == 0:

@@ -117,7 +117,9 @@ class Measurements:
 
         def stage(key: str, work: Callable[[Target], dict[str, Any]]) -> dict[str, Any]:
             def aim(mllm: MLLM) -> dict[str, Any]:
-                return work(Target(name, mllm, self.splits, recipe.evaluate, lambda: self.load(vanilla)))
+                return work(
+                    Target(name, mllm, self.splits, recipe.evaluate, lambda: self.load_as_it_is(vanilla, "cpu"))
+                )
 
             result: dict[str, Any] = run_stage(key, aim)
             return result
@@ -157,12 +159,10 @@ class Measurements:
 
     def signs(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """What guessing gives, how many questions have options, and what else tells of damage."""
-        # whom a model taught anew never read about, it cannot answer about
-        unread = self.splits.forget_subjects if self.recipe.procedure == "reteach" else ()
         found: dict[str, Any] = {
             "guessed": {column: guessed(pairs) for column, pairs in self.splits.columns.items() if pairs},
             "choices": {column: sum(bool(p.options) for p in pairs) for column, pairs in self.splits.columns.items()},
             "degenerate": degenerate_shares(self.splits.columns, columns["vanilla"], columns["unlearned"]),
-            "text_only": changed_text(self.splits.columns, columns["vanilla"], columns["unlearned"], without=unread),
+            "text_only": changed_text(self.splits.columns, columns["vanilla"], columns["unlearned"]),
         }
         return {name: block for name, block in found.items() if block}
