@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from vkd_framework import data
 from vkd_framework.plugins import MLLM, load_adapter
-from vkd_framework.recipe import CelebsData, Recipe, load_recipe
+from vkd_framework.recipe import CelebsData, Recipe, load_recipe, overrides_without_effect
 from vkd_framework.types import ImageQuestionPair, Splits
 
 
@@ -102,23 +102,23 @@ def recipe_of(family: str, size: Size, method: str, *overrides: str) -> Recipe:
     The rate is so low that all methods can be timed on one model, one after the other. There is no room on a GPU for
     the master weights of a method that tunes all of 8 billion.
     """
-    return load_recipe(
-        FAMILIES[family].recipe,
-        (
-            f"method={method}",
-            f"data={cast(size)}",
-            f"model.dtype={size.dtype}",
-            f"unlearn.forget_batch={size.forget_batch}",
-            f"unlearn.retain_batch={size.retain_batch}",
-            f"unlearn.micro_batch={size.micro_batch or 'null'}",
-            *("unlearn.steps=100000", "unlearn.checkpoint_every=100000", "unlearn.warmup=0"),
-            *("unlearn.learning_rate=1.0e-7", "unlearn.retain_floor=null", "unlearn.master_weights=false"),
-            f"simulated_attack.batch_size={size.forget_batch}",
-            *("simulated_attack.horizon=[100000,100000]", "simulated_attack.head_start=0"),
-            f"evaluate.batch_size={size.forget_batch + size.retain_batch}",
-            *overrides,
-        ),
+    settings = (
+        f"method={method}",
+        f"data={cast(size)}",
+        f"model.dtype={size.dtype}",
+        f"unlearn.forget_batch={size.forget_batch}",
+        f"unlearn.retain_batch={size.retain_batch}",
+        f"unlearn.micro_batch={size.micro_batch or 'null'}",
+        *("unlearn.steps=100000", "unlearn.checkpoint_every=100000", "unlearn.warmup=0"),
+        *("unlearn.learning_rate=1.0e-7", "unlearn.retain_floor=null", "unlearn.master_weights=false"),
+        f"simulated_attack.batch_size={size.forget_batch}",
+        *("simulated_attack.horizon=[100000,100000]", "simulated_attack.head_start=0"),
+        f"evaluate.batch_size={size.forget_batch + size.retain_batch}",
+        *overrides,
     )
+    recipe = FAMILIES[family].recipe
+    unread = overrides_without_effect(recipe, settings)
+    return load_recipe(recipe, [setting for setting in settings if setting not in unread])
 
 
 def build(family: str, size: Size, splits: Splits) -> MLLM:
