@@ -379,6 +379,18 @@ UNREAD: dict[str, tuple[tuple[str, ...], str]] = {
         "unlearn.floor_pairs goes with unlearn.retain_floor above 0, and it is null here",
     ),
     "a share that nothing is pruned with": (("method=ga", "prune.share=0.1"), "prune.share goes with procedure: prune"),
+    "steps of a method that takes none": (
+        ("method=manu", "unlearn.steps=3"),
+        "unlearn.steps goes with procedure: tune, and it is prune here; set that, or leave unlearn.steps out",
+    ),
+    "a loss of a model that is taught anew": (
+        ("method=retain_only", "losses.attract.distance=cka"),
+        "losses.attract.distance goes with procedure: tune, and it is reteach here",
+    ),
+    "memory saved where nothing is trained": (
+        ("method=manu", "model.gradient_checkpointing=true"),
+        "model.gradient_checkpointing goes with procedure: tune",
+    ),
     "weights of the model's own features": (("teacher.weights=random",), "teacher.weights goes with teacher.kind"),
 }
 
@@ -395,6 +407,8 @@ def test_a_setting_of_a_recipe_that_nothing_reads_is_refused_where_it_is_written
     assert refusal(path).startswith(f"{path}: mask.density goes with mask.kind")
     path = written(tmp_path, for_methods={"ga": {"losses": {"forget_output": {"beta": 0.2}}}})
     assert refusal(path, "method=ga").startswith(f"{path}: for_methods.ga: losses.forget_output.beta goes with")
+    path = written(tmp_path, for_methods={"manu": {"unlearn": {"steps": 3}}})
+    assert refusal(path, "method=manu").startswith(f"{path}: for_methods.manu: unlearn.steps goes with procedure: tune")
 
 
 READ: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -403,6 +417,10 @@ READ: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("mask.kind=none", "losses.repel.weight=0"),
     ),
     "what belongs to another method": ({"method": "manu", "prune": {"share": 0.1}}, ("method=ga",)),
+    "what the body says for the methods that tune": (
+        {"method": "manu", "unlearn": {"steps": 3}, "losses": {"attract": {"distance": "cka"}}},
+        (),
+    ),
     "what a method has itself": ({"method": "vkd_paper"}, ("losses.forget_output.form=npo", "mask.kind=none")),
     "a default that is spelt out": ({"mask": {"density": None}}, ("losses.forget_output.beta=0.4",)),
     "layers of another model for a method without features": ({}, ("method=ga", "layers=[vision.2]")),

@@ -160,16 +160,11 @@ class MaskConfig(Section):
         return self
 
 
-PRUNING = ReadWith("procedure", ("prune",))
-
-
 class PruneConfig(Section):
     """Which neurons are switched off, with `procedure: prune`."""
 
-    share: Annotated[Share, PRUNING] = Field(default=0.02, description="share of the neurons of the parts in `train`")
-    pairs: Annotated[int, PRUNING] = Field(
-        default=256, ge=1, description="pairs of each set on which activations are measured"
-    )
+    share: Share = Field(default=0.02, description="share of the neurons of the parts in `train`")
+    pairs: int = Field(default=256, ge=1, description="pairs of each set on which activations are measured")
 
 
 class Phase(Section):

@@ -83,8 +83,9 @@ def _loaded(reference: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str,
     entry = (raw.get("for_methods") or {}).get(recipe.method, {})
     # A run's recipe.yaml spells out everything, also what nothing reads.
     resolved = raw.keys() >= Recipe.model_fields.keys() - {"for_methods"}
-    written = [] if resolved else [[(str(path), raw)], [(f"{path}: for_methods.{recipe.method}", entry)]]
-    return recipe, unread(recipe, [*written, [(f"--set {override.text}", override.tree) for override in given]])
+    body = [] if resolved else [(str(path), raw)]
+    over = [(f"{path}: for_methods.{recipe.method}", entry)]
+    return recipe, unread(recipe, body, [over, [(f"--set {override.text}", override.tree) for override in given]])
 
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:

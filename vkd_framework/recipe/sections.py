@@ -24,13 +24,16 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class ReadWith:
-    """In the type of a setting: it is read only while `key` has one of `values`; without values, while it is set.
+    """In the type of a setting or section: read only while `key` has one of `values`; without values, while it is set.
 
     `key` stands beside the setting, or else at the top of the recipe.
     """
 
     key: str
     values: tuple[str, ...] = ()
+
+
+TUNING = ReadWith("procedure", ("tune",))
 
 
 class ModelConfig(Section):
@@ -47,7 +50,7 @@ class ModelConfig(Section):
     quantize: Literal["int8"] | None = Field(
         default=None, description="hold the frozen language model in 8 bits: half the memory of bfloat16"
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, TUNING] = Field(
         default=False, description="keep only the inputs of blocks while unlearning: less memory, more time"
     )
 

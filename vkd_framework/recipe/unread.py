@@ -1,6 +1,7 @@
 """Settings that were given although the kind, form or weight beside them reads none of them: they would change nothing.
 
 Which goes with which stands in the types of the sections, as `ReadWith` and as what `Section` says of a `weight`.
+The body of a recipe is written for every method, so what its own procedure leaves unread there is no mistake.
 `layers` is not among them: a recipe's layers are looked up in its model for every method, so that a recipe for another
 model has to give them, whoever reads them then.
 """
@@ -14,22 +15,25 @@ from typing import Any
 from vkd_framework.recipe.sections import ReadWith, Section
 from vkd_framework.recipe.whole import Recipe
 
+PROCEDURE = "procedure"
 Given = Sequence[tuple[str, Mapping[str, Any]]]
 """Where settings are from, and the settings as sections."""
 
 
-def unread(recipe: Recipe, levels: Sequence[Given]) -> dict[str, str]:
-    """Where a setting is from -> why it changes nothing. `levels` are what was given, the later over the earlier.
+def unread(recipe: Recipe, body: Given, levels: Sequence[Given]) -> dict[str, str]:
+    """Where a setting is from -> why it changes nothing. Given were a recipe's body, and over it the `levels` in order.
 
     What a later level makes unread is no mistake of an earlier one, and neither is a default that is spelt out.
     """
     found: dict[str, str] = {}
+    levels = [body, *levels]
     for key, decider, values in _rules(type(recipe)):
         actual = _value(recipe, decider)
         if actual in values or (not values and actual):
             continue
         deciding = max(
-            (at for at, level in enumerate(levels) if any(_has(tree, decider) for _, tree in level)), default=0
+            (at for at, level in enumerate(levels) if any(_has(tree, decider) for _, tree in level)),
+            default=int(decider == PROCEDURE),
         )
         for where, tree in (one for level in levels[deciding:] for one in level):
             if _has(tree, key) and _value(recipe, key) != _default(recipe, key):
@@ -41,17 +45,25 @@ def unread(recipe: Recipe, levels: Sequence[Given]) -> dict[str, str]:
     return found
 
 
-def _rules(section: type[Section], within: str = "") -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Key, the key that decides whether it is read, and its values with which it is; `()` is any but 0 and null."""
+Condition = tuple[str, tuple[str, ...]]
+"""The key that decides whether a setting is read, and its values with which it is; `()` is any but 0 and null."""
+
+
+def _rules(
+    section: type[Section], within: str = "", of_all: Sequence[Condition] = ()
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Key and condition, of each setting that has one; a setting has those `of_all` its section too."""
     for name, field in section.model_fields.items():
-        key = within + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _rules(field.annotation, f"{key}.")
+        key, conditions = within + name, list(of_all)
         for mark in field.metadata:
             if isinstance(mark, ReadWith):
-                yield key, within * (mark.key in section.model_fields) + mark.key, mark.values
+                conditions.append((within * (mark.key in section.model_fields) + mark.key, mark.values))
         if "weight" in section.model_fields and name != "weight":
-            yield key, f"{within}weight", ()
+            conditions.append((f"{within}weight", ()))
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _rules(field.annotation, f"{key}.", conditions)
+        else:
+            yield from ((key, *condition) for condition in conditions)
 
 
 def _has(tree: Any, key: str) -> bool:

@@ -23,7 +23,7 @@ from vkd_framework.recipe.forgetting import (
     UnlearnConfig,
 )
 from vkd_framework.recipe.messages import nearest
-from vkd_framework.recipe.sections import EvaluateConfig, ModelConfig, Section, TeachConfig, is_tiny
+from vkd_framework.recipe.sections import TUNING, EvaluateConfig, ModelConfig, ReadWith, Section, TeachConfig, is_tiny
 from vkd_framework.types import PARTS, Part
 
 
@@ -54,12 +54,12 @@ class Recipe(Section):
     layers: tuple[str, ...] = Field(
         default=(), description="canonical names, see `vkd inspect-layers`; needed by attract and repel"
     )
-    teacher: TeacherConfig = TeacherConfig()
-    losses: Losses = Losses()
+    teacher: Annotated[TeacherConfig, TUNING] = TeacherConfig()
+    losses: Annotated[Losses, TUNING] = Losses()
     mask: MaskConfig = MaskConfig()
-    prune: PruneConfig = PruneConfig()
-    unlearn: UnlearnConfig = UnlearnConfig()
-    simulated_attack: SimulatedAttack = SimulatedAttack()
+    prune: Annotated[PruneConfig, ReadWith("procedure", ("prune",))] = PruneConfig()
+    unlearn: Annotated[UnlearnConfig, TUNING] = UnlearnConfig()
+    simulated_attack: Annotated[SimulatedAttack, TUNING] = SimulatedAttack()
     evaluate: EvaluateConfig = EvaluateConfig()
     relearn: RelearnConfig = RelearnConfig()
     attacks: tuple[Annotated[AnyAttack, Field(discriminator="kind")], ...] = Field(
