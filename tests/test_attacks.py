@@ -96,15 +96,23 @@ def test_weights_are_rounded_to_the_levels_computed_by_hand() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_rounded_model_has_few_levels_in_a_channel_and_keeps_its_vectors(tiny: MLLM, bits: int) -> None:
-    rounded = quantize.quantize(tiny, bits)
-    own = dict(tiny.model.named_parameters())
-    for name, parameter in rounded.model.named_parameters():
-        if parameter.ndim < 2:
-            assert torch.equal(parameter, own[name])
-            continue
-        assert max(len(row.unique()) for row in parameter.flatten(1)[:8]) <= 2**bits - 1
-        step = own[name].flatten(1).abs().amax(dim=1) / (2 ** (bits - 1) - 1)
-        assert bool(((parameter - own[name]).flatten(1).abs() <= step[:, None] * 0.5001 + 1e-9).all())
+    own = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}
+    with quantize.rounded(tiny, bits):
+        for name, parameter in tiny.model.named_parameters():
+            if parameter.ndim < 2:
+                assert torch.equal(parameter, own[name])
+                continue
+            assert max(len(row.unique()) for row in parameter.flatten(1)[:8]) <= 2**bits - 1
+            step = own[name].flatten(1).abs().amax(dim=1) / (2 ** (bits - 1) - 1)
+            assert bool(((parameter - own[name]).flatten(1).abs() <= step[:, None] * 0.5001 + 1e-9).all())
+
+
+def test_a_model_whose_rounding_failed_has_its_weights_again(tiny: MLLM) -> None:
+    before = weights(tiny)
+    with pytest.raises(KeyboardInterrupt), quantize.rounded(tiny, 4):
+        assert weights(tiny) != before
+        raise KeyboardInterrupt
+    assert weights(tiny) == before
 
 
 def test_examples_are_of_the_same_person_on_other_photos_and_do_not_tell_the_answer(splits: Splits) -> None:

@@ -180,9 +180,20 @@ def test_memory_by_hand(tiny: MLLM) -> None:
     assert lines(without, tiny, tokens, "unlearn")["optimiser"] == 4 * n
     assert "attacker's weights" not in half
     assert lines(recipe, tiny, tokens, "relearn, full")["the attacker's copy"] == 4 * total
-    assert lines(recipe, tiny, tokens, "attacks")["the rounded copy"] == 4 * total
-    without = memory.stages(make_recipe(attacks=[]), tiny, work.sizes(tiny), tokens)
-    assert "attacks" not in [stage.name for stage in without]
+    whole, parts = (
+        lines(make_recipe(relearn={"batch_size": 6, "micro_batch": most}), tiny, tokens, "relearn, visual")
+        for most in (None, 2)
+    )
+    assert parts["activations"] == whole["activations"] / 3
+
+
+def test_weights_that_wait_while_others_are_rounded_lie_in_the_computers_memory(tiny: MLLM) -> None:
+    tokens = Tokens(patches=36, tile=36, image=9, text=40, answer=2, pixels=100, photos=7)
+    rounds: list[dict[str, str]] = [{"kind": "quantize"}]
+    for attacks, process, wait in ((rounds, 1, True), (rounds, 0, False), ([], 1, False)):
+        found = memory.stages(make_recipe(attacks=attacks), tiny, work.sizes(tiny), tokens, process=process)
+        held = {line.what: line.bytes for stage in found if stage.name == "attacks" for line in stage.lines}
+        assert held.get("weights before rounding") == (4 * tiny.count(PARTS) if wait else None)
 
 
 def test_disk_by_hand(tiny: MLLM) -> None:
@@ -330,7 +341,7 @@ def test_a_language_model_in_8_bits_is_advised_where_nothing_cheaper_is_enough()
     changes = advise(again(()), 20e9, again)
     (rounded,) = [change for change in changes if "model.quantize" in change.settings]
     assert "int8" in rounded.flags
-    assert any("quantize" not in change.settings.get("attacks", "quantize") for change in changes)
+    assert "quantize" not in rounded.settings["attacks"]
     recipe = changes[-1].then.recipe
     assert (recipe.model.quantize, recipe.relearn.scopes) == ("int8", ("visual",))
     assert [attack.kind for attack in recipe.attacks] == [a.kind for a in EVERY_ATTACK if a.kind != "quantize"]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig, TeachConfig
 from vkd_framework.relearn import advantage_by_step, attack, attacker_pairs, attackers, others, relearn, summarise
 from vkd_framework.teach import teach
-from vkd_framework.types import AttackCurve, Pool, Splits
+from vkd_framework.types import AttackCurve, ImageQuestionPair, Pool, Splits
 
 SHORT = EvaluateConfig(batch_size=8, max_new_tokens=4)
 
@@ -58,6 +58,27 @@ def test_an_attack_trains_what_its_scope_says(
     assert bool(moved & language) == (scope == "full")
     own, theirs = student.parameters(["language_model"]), trained.parameters(["language_model"])
     assert all((own[name] is theirs[name]) == (scope == "visual") for name in own)
+
+
+def test_an_attack_in_parts_of_its_batches_takes_the_same_steps(
+    student: MLLM, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = student.copy(), student.copy()
+    tokenize = MLLM.tokenize
+    together: dict[int, list[int]] = {id(whole): [], id(parts): []}
+
+    def count(self: MLLM, pairs: Sequence[ImageQuestionPair], **how: Any) -> Any:
+        together[id(self)].append(len(pairs))
+        return tokenize(self, pairs, **how)
+
+    monkeypatch.setattr(MLLM, "tokenize", count)
+    monkeypatch.setattr(MLLM, "copy", lambda self, **_: self)  # to see the gradients of the attack's last step
+    for mllm, most in ((whole, None), (parts, 3)):
+        attacked(mllm, splits, "full", steps=[1], micro_batch=most)
+    assert (together[id(whole)][:1], together[id(parts)][:2]) == ([4], [3, 1])
+    found = {name: p.grad for name, p in parts.model.named_parameters()}
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_an_attack_that_runs_away_is_no_attack_that_failed(student: MLLM, splits: Splits) -> None:

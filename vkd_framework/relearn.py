@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vkd_framework import ranks
-from vkd_framework.batches import Batches
+from vkd_framework.batches import Batches, in_parts
 from vkd_framework.errors import RecipeError
 from vkd_framework.evaluate import right_answers
 from vkd_framework.gradients import adamw, check_finite
@@ -144,19 +144,27 @@ def relearn(
     batches = Batches(known, config.batch_size, seed)
     right = []
     for step in Progress(range(max(config.steps)), what):
-        pairs = batches.batch(step)
-        loss = answer_losses(copied, ranks.share(pairs)).mean()
         optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:  # text alone meets nothing that is tuned, where only visual modules are
-            torch.autograd.backward(loss * ranks.weight([True] * len(pairs)))
+        loss = _descend(copied, batches.batch(step), config.micro_batch)
         ranks.add_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        check_finite({"the loss": loss.item(), "the gradient": float(norm)}, step, what, REMEDY)
+        check_finite({"the loss": loss, "the gradient": float(norm)}, step, what, REMEDY)
         optimizer.step()
         if step + 1 in config.steps:
             right.append(right_answers(copied, test, evaluation))
     mllm.model.requires_grad_(False)
     return right
+
+
+def _descend(mllm: MLLM, pairs: Sequence[ImageQuestionPair], at_once: int | None) -> float:
+    """Add what this process contributes to the gradient of the batch's mean loss; returns the mean over its pairs."""
+    here, weight, mean = ranks.share(pairs), ranks.weight([True] * len(pairs)), 0.0
+    for part in in_parts(here, at_once):
+        loss = answer_losses(mllm, part).mean() * (len(part) / len(here))
+        if loss.requires_grad:  # text alone meets nothing that is tuned, where only visual modules are
+            torch.autograd.backward(loss * weight)
+        mean += loss.item()
+    return mean
 
 
 def attacker_pairs(pairs: Sequence[ImageQuestionPair], share: float, seed: int) -> list[ImageQuestionPair]:

@@ -6,6 +6,8 @@ language model. Here every weight matrix of the whole model is rounded to the ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,21 +20,32 @@ from vkd_framework.recipe import QuantizeAttack
 
 def attack(config: QuantizeAttack, target: Target) -> dict[str, Any]:
     """Exact match of Test VQA with rounded weights, and of Retain VQA: what the rounding itself breaks."""
-    rounded = quantize(target.mllm, config.bits)
-    return {
-        "exact_match": target.exact_match(rounded, target.test),
-        "retain_exact_match": target.exact_match(rounded, target.splits.columns["retain_vqa"]),
-    }
+    with rounded(target.mllm, config.bits):
+        return {
+            "exact_match": target.exact_match(target.mllm, target.test),
+            "retain_exact_match": target.exact_match(target.mllm, target.splits.columns["retain_vqa"]),
+        }
 
 
-def quantize(mllm: MLLM, bits: int) -> MLLM:
-    """A copy with every weight matrix rounded; biases, norms and other vectors stay as they are."""
-    copied = mllm.copy()
-    with torch.no_grad():
-        for parameter in copied.model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(round_to_nearest(parameter, bits))
-    return copied
+@contextmanager
+def rounded(mllm: MLLM, bits: int) -> Iterator[None]:
+    """Within the block, every weight matrix is rounded; biases, norms and other vectors stay as they are.
+
+    Not in a copy, which would take a GPU twice the model: the weights wait in the computer's memory.
+    """
+    matrices = [parameter for parameter in mllm.model.parameters() if parameter.ndim > 1]
+    weights = [matrix.detach().to("cpu", copy=True) for matrix in matrices]
+    try:
+        _write(matrices, (round_to_nearest(matrix, bits) for matrix in matrices))
+        yield
+    finally:
+        _write(matrices, weights)
+
+
+@torch.no_grad()
+def _write(matrices: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for matrix, value in zip(matrices, values, strict=True):
+        matrix.copy_(value)
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:

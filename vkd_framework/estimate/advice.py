@@ -115,9 +115,9 @@ def _parts_of_batches(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return _halved("unlearn.micro_batch", most) if stage == "unlearn" else ()
 
 
-def _relearn_batch(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    one = recipe.relearn.batch_size
-    return _halved("relearn.batch_size", one) if stage.startswith("relearn") else ()
+def _parts_of_attacks(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    most = recipe.relearn.micro_batch or recipe.relearn.batch_size
+    return _halved("relearn.micro_batch", most) if stage.startswith("relearn") else ()
 
 
 def _batches(recipe: Recipe, stage: str) -> tuple[str, ...]:
@@ -170,10 +170,6 @@ def _eight_bits(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("model.quantize=int8", *rank, *scopes, *_without_rounding(recipe))
 
 
-def _rounding(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    return _without_rounding(recipe) if stage == "attacks" else ()
-
-
 def _without_rounding(recipe: Recipe) -> tuple[str, ...]:
     left = [attack.model_dump(mode="json", exclude_defaults=True) for attack in recipe.attacks]
     left = [attack for attack in left if attack["kind"] != "quantize"]
@@ -193,14 +189,13 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_evaluate_batch, "measures the same"),
     (_half_precision, "half the digits; usual at this size"),
     (_parts_of_batches, "the same result, in more and smaller passes"),
+    (_parts_of_attacks, "the same attack, in more and smaller passes"),
     (_recomputing, "the same result, up to half again as long"),
     (_attacker_rank, "withstands attackers of the language model who tune little of it"),
     (_attacker, "withstands attackers of the visual modules, less those who tune everything"),
     (_attacker_batch, "withstands a somewhat weaker attacker"),
     (_batches, "noisier steps; more of them may be needed"),
-    (_relearn_batch, "a somewhat weaker attack"),
     (_masters, "small steps are rounded away, and many weights stand still"),
-    (_rounding, "does not try whether rounded weights bring anything back"),
     (_relearn_scopes, "does not measure the attack on every weight"),
     (_eight_bits, "everything is measured with a rounded language model, and no attack tunes it"),
     (_projector, "forgets less"),

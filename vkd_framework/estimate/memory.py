@@ -62,9 +62,11 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     def trained(parts: Sequence[Part]) -> int:
         return sum(count[part] for part in parts)
 
-    def training(name: str, parts: Sequence[Part], pairs: int, *more: Line, masters: bool = True) -> Stage:
+    def training(
+        name: str, parts: Sequence[Part], pairs: int, *more: Line, masters: bool = True, most: int | None = None
+    ) -> Stage:
         n = trained(parts)
-        every = Pass(name, pairs, True, tuple(parts), everywhere=name == "teach")
+        every = Pass(name, pairs, True, tuple(parts), everywhere=name == "teach", most=most)
         return Stage(
             name,
             (
@@ -88,14 +90,22 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         found.append(Stage("unlearn", (*held, *_unlearning(recipe, count, size, tokens, anatomy, process > 0))))
     one = Pass("evaluate", recipe.evaluate.batch_size, True, ())
     found.append(Stage("evaluate", (*held, *_pass_lines(one, size, tokens, each))))
-    if any(attack.kind == "quantize" for attack in recipe.attacks):
-        rounded = Line("the rounded copy", total * each, f"{total:,} x {each}")
-        found.append(Stage("attacks", (*held, rounded, *_pass_lines(one, size, tokens, each))))
+    if process and any(attack.kind == "quantize" for attack in recipe.attacks):
+        kept = Line("weights before rounding", total * each, f"{total:,} x {each}")
+        found.append(Stage("attacks", (*held, kept, *_pass_lines(one, size, tokens, each))))
     for scope in recipe.relearn.scopes:
         n = trained(SCOPES[scope])
         copied = Line("the attacker's copy", n * each, f"{n:,} x {each}")
-        masters = recipe.relearn.master_weights
-        found.append(training(f"relearn, {scope}", SCOPES[scope], recipe.relearn.batch_size, copied, masters=masters))
+        found.append(
+            training(
+                f"relearn, {scope}",
+                SCOPES[scope],
+                recipe.relearn.batch_size,
+                copied,
+                masters=recipe.relearn.master_weights,
+                most=recipe.relearn.micro_batch,
+            )
+        )
     return found
 
 

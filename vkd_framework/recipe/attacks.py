@@ -28,6 +28,9 @@ class RelearnConfig(Section):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="most pairs that go through the model at once; null: the whole batch"
+    )
     master_weights: bool = Field(
         default=True, description="where the model is of lower precision, take the steps on float32 copies"
     )
