@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from vkd_framework.estimate.text import against, text
 from vkd_framework.estimate.tokens import Tokens, assumed, of_batch
 from vkd_framework.layers_table import describe
 from vkd_framework.plugins import MLLM, load_adapter, trainable
-from vkd_framework.recipe import EVERY_ATTACK, Recipe
+from vkd_framework.recipe import Recipe
 from vkd_framework.recipe.overrides import parsed
 from vkd_framework.run import dry_run
 from vkd_framework.types import PARTS, Part, Splits
@@ -336,17 +335,13 @@ def test_advice_holds_nothing_that_it_can_do_without() -> None:
                 assert again(tuple(f"{key}={value}" for key, value in rest.items())).peak.bytes > limit, change.flags
 
 
-def test_a_language_model_in_8_bits_is_advised_where_nothing_cheaper_is_enough() -> None:
+def test_a_language_model_is_offloaded_where_smaller_passes_are_not_enough_and_nothing_tunes_it() -> None:
     again = estimating()
-    changes = advise(again(()), 20e9, again)
-    (rounded,) = [change for change in changes if "model.quantize" in change.settings]
-    assert "int8" in rounded.flags
-    assert "quantize" not in rounded.settings["attacks"]
-    recipe = changes[-1].then.recipe
-    assert (recipe.model.quantize, recipe.relearn.scopes) == ("int8", ("visual",))
-    assert [attack.kind for attack in recipe.attacks] == [a.kind for a in EVERY_ATTACK if a.kind != "quantize"]
-    assert shlex.split(rounded.flags)[1] == "model.quantize=int8"
-    assert not any("model.quantize" in change.settings for change in advise(again(()), 60e9, again))
+    changes = advise(again(()), 24e9, again)
+    (offloaded,) = [change for change in changes if "model.offload" in change.settings]
+    assert offloaded.settings == {"model.offload": "true"}
+    assert changes[-1].then.recipe.relearn.scopes == ("visual",)
+    assert not any("model.offload" in change.settings for change in advise(again(()), 60e9, again))
 
 
 def test_a_batch_in_parts_takes_the_memory_of_a_part_and_the_work_of_the_whole() -> None:
@@ -372,6 +367,29 @@ def test_a_frozen_language_model_in_8_bits_takes_a_byte_for_each_rounded_weight(
     # the preset's 28 blocks: four maps of attention and three of the feed-forward part
     linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     assert whole.peak.bytes - rounded.peak.bytes == linear
+
+
+def test_an_offloaded_language_model_takes_no_memory_of_a_gpu_and_the_time_to_fetch_it() -> None:
+    settings = {"layers": ["vision.31"], "teach": None, "relearn": {"scopes": ["visual"]}, "attacks": []}
+    attack = {"simulated_attack": {"weight": 1.0, "scopes": ["visual"]}, "losses": {"retain_output": {"share": 0.5}}}
+    batches = {"forget_batch": 8, "retain_batch": 8}
+    model = {"source": "Qwen/Qwen2-VL-7B-Instruct", "dtype": "bfloat16"}
+
+    def of(more: dict[str, Any], **unlearn: int) -> Estimate:
+        recipe = make_recipe(**settings, **attack, model={**model, **more}, unlearn={**batches, **unlearn})
+        return of_7b(recipe)
+
+    linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    whole, offloaded = of({}), of({"offload": True})
+    assert whole.peak.bytes - offloaded.peak.bytes == 2 * linear
+    # three passes there and back: forget, retain and attacker
+    assert (whole.fetched, offloaded.fetched) == (0.0, 3 * 2 * 2 * linear)
+    assert offloaded.step_seconds - whole.step_seconds == pytest.approx(offloaded.fetched / devices.FETCHED)
+    assert "the language model fetched" in text(offloaded) and "fetched" not in text(whole)
+    # in parts of 4: twice 8 pairs forgotten, 4 of 8 retained asked, 16 of the attacker; recomputed but by the attacker
+    parts = of({"offload": True, "gradient_checkpointing": True}, micro_batch=4)
+    assert parts.fetched == (2 * 3 + 1 * 3 + 4 * 2) * 2 * linear
+    assert of({"offload": True, "quantize": "int8"}).fetched == 3 * 2 * linear
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ FLOORS = (
         "data",
         "batches",
         "features",
-        "int8",
+        "frozen",
         "low_rank",
         "alignment",
         "external",

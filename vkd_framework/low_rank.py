@@ -20,13 +20,15 @@ from torch import Tensor, nn
 class LowRank:
     """What is added to each layer: name -> `up`, B `[O, R]`, to be tuned, and `down`, A `[R, I]`."""
 
-    def __init__(self, layers: Mapping[str, nn.Linear], rank: int, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Linear], rank: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
         self._layers = layers
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
         draw = torch.Generator().manual_seed(seed)
         self.up: dict[str, Tensor] = {}
         self.down: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            like: dict[str, Any] = {"dtype": dtype, "device": layer.weight.device}
             self.down[name] = (torch.randn(rank, layer.in_features, generator=draw) / rank**0.5).to(**like)
             self.up[name] = torch.zeros(layer.out_features, rank, requires_grad=True, **like)
 

@@ -163,7 +163,8 @@ class SimulatedAttacker:
                     "simulated_attack.rank: the language model has no linear layer that something could be added to; "
                     "set it to null"
                 )
-            self._added = LowRank(layers, self._config.rank, self._mllm.model.dtype, draw.randrange(2**31))
+            dtype, device = self._mllm.model.dtype, self._mllm.device
+            self._added = LowRank(layers, self._config.rank, dtype, device, draw.randrange(2**31))
         self._delta = {name: torch.zeros_like(p) for name, p in tuned.items() if name in self._student}
         self._own = {name: p.detach().clone().requires_grad_() for name, p in tuned.items() if name not in self._delta}
         self._leaves = {**self._own, **(self._added.up if self._added else {})}

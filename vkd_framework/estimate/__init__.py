@@ -30,6 +30,8 @@ class Estimate:
     passes: tuple[Pass, ...]
     stages: tuple[Stage, ...]
     disk: tuple[Line, ...]
+    fetched: float = 0.0
+    """Bytes of an offloaded language model that come to the GPU in one step."""
 
     @property
     def step_flops(self) -> float:
@@ -39,7 +41,7 @@ class Estimate:
     @property
     def step_seconds(self) -> float:
         """Seconds of one step of unlearning."""
-        return self.step_flops / self.rate.flops
+        return self.step_flops / self.rate.flops + self.fetched / devices.FETCHED
 
     @property
     def peak(self) -> Stage:
@@ -52,4 +54,6 @@ def estimate(recipe: Recipe, anatomy: Anatomy, found: Tokens, rate: Rate, *, pro
     size = work.sizes(anatomy)
     stages = memory.stages(recipe, anatomy, size, found, process=process)
     disk = memory.disk(recipe, anatomy, size, found)
-    return Estimate(recipe, size, found, rate, tuple(work.passes(recipe)), tuple(stages), tuple(disk))
+    run = tuple(work.passes(recipe))
+    fetched = work.fetches(run) * memory.frozen_bytes(recipe, size) if recipe.model.offload and not process else 0.0
+    return Estimate(recipe, size, found, rate, run, tuple(stages), tuple(disk), fetched)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import yaml
-
 from vkd_framework.errors import RecipeError
 from vkd_framework.estimate import Estimate
 from vkd_framework.recipe import Recipe
@@ -108,6 +106,12 @@ def _recomputing(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("model.gradient_checkpointing=true",) if wanted else ()
 
 
+def _offload(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """Where nothing tunes the language model."""
+    tuned = "language_model" in recipe.train or "full" in recipe.relearn.scopes or _attacker_rank(recipe, "unlearn")
+    return () if recipe.model.offload or tuned else ("model.offload=true",)
+
+
 def _parts_of_batches(recipe: Recipe, stage: str) -> tuple[str, ...]:
     config = recipe.unlearn
     attacker = recipe.simulated_attack.batch_size if recipe.simulated_attack.weight else 0
@@ -161,22 +165,6 @@ def _relearn_scopes(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("relearn.scopes=[visual]",) if stage == "relearn, full" else ()
 
 
-def _eight_bits(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    """The language model in 8 bits, and away with what would tune or round it."""
-    if recipe.model.quantize is not None or "language_model" in recipe.train:
-        return ()
-    rank = _attacker_rank(recipe, "unlearn")
-    scopes = ("relearn.scopes=[visual]",) if "full" in recipe.relearn.scopes else ()
-    return ("model.quantize=int8", *rank, *scopes, *_without_rounding(recipe))
-
-
-def _without_rounding(recipe: Recipe) -> tuple[str, ...]:
-    left = [attack.model_dump(mode="json", exclude_defaults=True) for attack in recipe.attacks]
-    left = [attack for attack in left if attack["kind"] != "quantize"]
-    written = yaml.safe_dump(left, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
-    return (f"attacks={written}",) if len(left) < len(recipe.attacks) else ()
-
-
 def _projector(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return ("train=[projector]",) if stage == "unlearn" and tuple(recipe.train) != ("projector",) else ()
 
@@ -191,13 +179,13 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_parts_of_batches, "the same result, in more and smaller passes"),
     (_parts_of_attacks, "the same attack, in more and smaller passes"),
     (_recomputing, "the same result, up to half again as long"),
+    (_offload, "the same result; every use of a layer of the language model waits for its weights"),
     (_attacker_rank, "withstands attackers of the language model who tune little of it"),
     (_attacker, "withstands attackers of the visual modules, less those who tune everything"),
     (_attacker_batch, "withstands a somewhat weaker attacker"),
     (_batches, "noisier steps; more of them may be needed"),
     (_masters, "small steps are rounded away, and many weights stand still"),
     (_relearn_scopes, "does not measure the attack on every weight"),
-    (_eight_bits, "everything is measured with a rounded language model, and no attack tunes it"),
     (_projector, "forgets less"),
 )
 """What may be changed, given the recipe and the stage that holds most, and what that costs; the cheapest first."""

@@ -12,6 +12,8 @@ UTILISATION = 0.4
 """Share of a GPU's peak that training reaches; large models on one GPU report 0.3 to 0.5."""
 REACHED = 0.3
 """Share of a bare multiplication's rate that a step reaches on a CPU; measured on the embedded default."""
+FETCHED = 20e9
+"""Bytes a second that come from the computer's memory to a GPU: what 16 lanes of PCIe 4 carry, less a fifth."""
 CALIBRATION_SECONDS = 0.1
 
 

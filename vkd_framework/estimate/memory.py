@@ -54,7 +54,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     each = BYTES[recipe.model.dtype]
     count = {part: anatomy.count([part]) for part in PARTS}
     total = sum(count.values())
-    held = [_weights(recipe, total, size, each)]
+    held = [_weights(recipe, total, size, each, beside_gpu=not process)]
     if process:
         encoded = min(encodings.LIMIT // 2, tokens.photos * tokens.pixels * 4)
         held += [Line("the program", process, "before anything is loaded"), Line("encoded photos", encoded, "kept")]
@@ -139,12 +139,20 @@ def _optimiser(n: int, each: int, masters: bool) -> Line:
     return Line("optimiser", 3 * n * 4, f"{n:,} weights in float32 and 2 moments of each")
 
 
-def _weights(recipe: Recipe, total: int, size: Sizes, each: int) -> Line:
-    if recipe.model.quantize is None:
+def frozen_bytes(recipe: Recipe, size: Sizes) -> int:
+    """What the language model's matrices take where they are held."""
+    return size.matrices["language_model"] * (BYTES[recipe.model.dtype] if recipe.model.quantize is None else 1)
+
+
+def _weights(recipe: Recipe, total: int, size: Sizes, each: int, *, beside_gpu: bool) -> Line:
+    if not recipe.model.frozen_language_model:
         return Line("weights", total * each, f"{total:,} x {each}")
-    rounded = size.matrices["language_model"]
-    how = f"{total - rounded:,} x {each} + {rounded:,} x 1"
-    return Line("weights", (total - rounded) * each + rounded, how)
+    frozen = size.matrices["language_model"]
+    rest, held = (total - frozen) * each, frozen_bytes(recipe, size)
+    how = f"{total - frozen:,} x {each} + {frozen:,} x {held // frozen}"
+    if recipe.model.offload and beside_gpu:
+        return Line("weights", rest, f"{how}, the latter in the computer's memory")
+    return Line("weights", rest + held, how)
 
 
 def _unlearning(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vkd_framework.estimate import Estimate, work
+from vkd_framework.estimate import Estimate, devices, work
 from vkd_framework.estimate.advice import Change
 from vkd_framework.report.formatting import size
 
@@ -26,6 +26,11 @@ def text(found: Estimate, *, limit: float | None = None, changes: Sequence[Chang
                 f"         {each.what:<20}{each.pairs:>4} pairs: {count(there, 'FLOP')} forward + "
                 f"{count(back, 'FLOP')} back + {count(weights, 'FLOP')} for weights"
                 f"{f', {each.times:.0%} of the steps' if each.times < 1 else ''}"
+            )
+        if found.fetched:
+            lines.append(
+                f"         the language model fetched, {size(found.fetched)}: "
+                f"about {seconds(found.fetched / devices.FETCHED)} of it"
             )
         steps = found.recipe.unlearn.steps
         lines.append(f"         {steps:,} steps: about {seconds(steps * found.step_seconds)}")

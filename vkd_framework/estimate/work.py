@@ -8,6 +8,7 @@ passes one on to the encoder.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,6 +175,15 @@ def flops(size: Sizes, tokens: Tokens, each: Pass) -> dict[Part, Flops]:
 def step_flops(size: Sizes, tokens: Tokens, run: Sequence[Pass]) -> float:
     """The operations of one step."""
     return sum(each.times * part.total for each in run for part in flops(size, tokens, each).values())
+
+
+def fetches(run: Sequence[Pass]) -> float:
+    """How often a step needs all matrices of a frozen language model: there, back, and once more where recomputed."""
+    return sum(
+        each.times * math.ceil(each.pairs / each.at_once) * (1 + bool(each.trained) * (1 + each.recomputed))
+        for each in run
+        if each.output
+    )
 
 
 def _tokens_of(part: Part, tokens: Tokens) -> tuple[float, float]:

@@ -50,9 +50,18 @@ class ModelConfig(Section):
     quantize: Literal["int8"] | None = Field(
         default=None, description="hold the frozen language model in 8 bits: half the memory of bfloat16"
     )
+    offload: bool = Field(
+        default=False,
+        description="keep the frozen language model in the computer's memory, and fetch each layer whenever it is used",
+    )
     gradient_checkpointing: Annotated[bool, TUNING] = Field(
         default=False, description="keep only the inputs of blocks while unlearning: less memory, more time"
     )
+
+    @property
+    def frozen_language_model(self) -> bool:
+        """Whether the language model is held in a way in which nothing can tune it."""
+        return self.quantize is not None or self.offload
 
 
 class TeachConfig(Section):

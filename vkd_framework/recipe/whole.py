@@ -94,7 +94,7 @@ class Recipe(Section):
         if self.reference == "retain_only" and self.teach is None:
             raise ValueError("reference: retain_only needs a `teach` section to teach it with")
         self._teacher_fits()
-        if self.model.quantize is not None:
+        if self.model.frozen_language_model:
             self._leaves_language_model()
         if self.procedure == "tune":
             self._terms_fit()
@@ -107,22 +107,21 @@ class Recipe(Section):
         return self
 
     def _leaves_language_model(self) -> None:
-        simulated = self.simulated_attack
+        simulated, rounded = self.simulated_attack, self.model.quantize is not None
         tuned = {
             "language_model out of train": "language_model" in self.train,
             "full out of simulated_attack.scopes (or give it a rank)": simulated.weight > 0
             and "full" in simulated.scopes
             and simulated.rank is None,
             "full out of relearn.scopes": "full" in self.relearn.scopes,
-            "quantize out of attacks": any(attack.kind == "quantize" for attack in self.attacks),
-            "language_model out of the parts of module_restore": any(
-                attack.kind == "module_restore" and "language_model" in attack.parts for attack in self.attacks
-            ),
+            "quantize out of attacks": rounded and any(attack.kind == "quantize" for attack in self.attacks),
+            "language_model out of the parts of module_restore": rounded
+            and any(attack.kind == "module_restore" and "language_model" in attack.parts for attack in self.attacks),
         }
         if found := [mend for mend, wrong in tuned.items() if wrong]:
+            held = f"model.quantize: {self.model.quantize}" if rounded else "model.offload: true"
             raise ValueError(
-                f"model.quantize: {self.model.quantize} holds a language model that nothing can tune or round; "
-                f"take {', '.join(found)}"
+                f"{held} holds a language model that nothing can tune{' or round' * rounded}; take {', '.join(found)}"
             )
 
     def _terms_fit(self) -> None:

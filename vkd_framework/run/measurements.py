@@ -16,7 +16,7 @@ from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages
 from vkd_framework.evaluate import evaluate
-from vkd_framework.int8 import hold_language_model_in_int8
+from vkd_framework.frozen import freeze_language_model
 from vkd_framework.layers_table import source_hash
 from vkd_framework.machine import environment, peak_memory
 from vkd_framework.plugins import MLLM, Adapter, installed_adapters
@@ -51,14 +51,14 @@ class Measurements:
 
     def load(self, source: str) -> MLLM:
         """A model as the recipe wants it held, frozen."""
-        quantized = self.recipe.model.quantize is not None
-        mllm = self.load_as_it_is(source, "cpu" if quantized else self.device)
-        if quantized:
-            hold_language_model_in_int8(mllm)
+        config = self.recipe.model
+        mllm = self.load_as_it_is(source, "cpu" if config.frozen_language_model else self.device)
+        if config.frozen_language_model:
+            freeze_language_model(mllm, int8=config.quantize == "int8", offload=config.offload)
             mllm.model.to(self.device)
         mllm.model.requires_grad_(False)
-        if self.recipe.model.attention is not None:
-            attend(mllm, self.recipe.model.attention)
+        if config.attention is not None:
+            attend(mllm, config.attention)
         return mllm
 
     def load_as_it_is(self, source: str, device: str) -> MLLM:
