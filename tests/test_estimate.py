@@ -184,6 +184,8 @@ def test_memory_by_hand(tiny: MLLM) -> None:
         for most in (None, 2)
     )
     assert parts["activations"] == whole["activations"] / 3
+    added = lines(make_recipe(relearn={"scopes": ["low_rank"], "rank": 3}), tiny, tokens, "relearn, low_rank")
+    assert added["the attacker's copy"] == added["gradients"] == 4 * (n + 3 * sum(map(sum, shapes)))
 
 
 def test_weights_that_wait_while_others_are_rounded_lie_in_the_computers_memory(tiny: MLLM) -> None:
@@ -331,7 +333,7 @@ def test_advice_holds_nothing_that_it_can_do_without() -> None:
         assert changes[-1].then.peak.bytes <= limit
         for change in changes:
             rest = {key: value for other in changes if other is not change for key, value in other.settings.items()}
-            with suppress(RecipeError):  # an int8 language model needs what was changed before it
+            with suppress(RecipeError):  # an offloaded language model needs what was changed before it
                 assert again(tuple(f"{key}={value}" for key, value in rest.items())).peak.bytes > limit, change.flags
 
 
@@ -340,7 +342,7 @@ def test_a_language_model_is_offloaded_where_smaller_passes_are_not_enough_and_n
     changes = advise(again(()), 24e9, again)
     (offloaded,) = [change for change in changes if "model.offload" in change.settings]
     assert offloaded.settings == {"model.offload": "true"}
-    assert changes[-1].then.recipe.relearn.scopes == ("visual",)
+    assert changes[-1].then.recipe.relearn.scopes == ("visual", "low_rank")
     assert not any("model.offload" in change.settings for change in advise(again(()), 60e9, again))
 
 

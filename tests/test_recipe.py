@@ -391,6 +391,10 @@ UNREAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("method=manu", "model.gradient_checkpointing=true"),
         "model.gradient_checkpointing goes with procedure: tune",
     ),
+    "a rank of an attack on every weight": (
+        ("relearn.rank=4",),
+        "relearn.rank goes with relearn.scopes: low_rank, and it is visual and full here",
+    ),
     "weights of the model's own features": (("teacher.weights=random",), "teacher.weights goes with teacher.kind"),
 }
 
@@ -421,6 +425,7 @@ READ: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"method": "manu", "unlearn": {"steps": 3}, "losses": {"attract": {"distance": "cka"}}},
         (),
     ),
+    "a rank of one attack among others": ({"relearn": {"scopes": ["visual", "low_rank"], "rank": 4}}, ()),
     "what a method has itself": ({"method": "vkd_paper"}, ("losses.forget_output.form=npo", "mask.kind=none")),
     "a default that is spelt out": ({"mask": {"density": None}}, ("losses.forget_output.beta=0.4",)),
     "layers of another model for a method without features": ({}, ("method=ga", "layers=[vision.2]")),

@@ -11,6 +11,8 @@ import torch
 from conftest import changed, weights
 
 from vkd_framework.errors import DivergedError, RecipeError
+from vkd_framework.frozen import freeze_language_model
+from vkd_framework.low_rank import LowRank
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig, TeachConfig
 from vkd_framework.relearn import advantage_by_step, attack, attacker_pairs, attackers, others, relearn, summarise
@@ -26,7 +28,7 @@ def attacked(mllm: MLLM, splits: Splits, scope: str, **settings: Any) -> list[li
     return relearn(mllm, scope, known, test, config, SHORT, seed=0, what="attack")
 
 
-@pytest.mark.parametrize("scope", ["visual", "full"])
+@pytest.mark.parametrize("scope", ["visual", "low_rank", "full"])
 def test_an_attack_leaves_the_attacked_model_as_it_was(student: MLLM, splits: Splits, scope: str) -> None:
     before = weights(student)
     buffers = {name: buffer.clone() for name, buffer in student.model.named_buffers()}
@@ -37,7 +39,7 @@ def test_an_attack_leaves_the_attacked_model_as_it_was(student: MLLM, splits: Sp
     assert not any(p.requires_grad or p.grad is not None for p in student.model.parameters())
 
 
-@pytest.mark.parametrize("scope", ["visual", "full"])
+@pytest.mark.parametrize("scope", ["visual", "low_rank", "full"])
 def test_an_attack_trains_what_its_scope_says(
     student: MLLM, splits: Splits, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +59,25 @@ def test_an_attack_trains_what_its_scope_says(
     assert moved & set(student.parts["encoder"]) and moved & set(student.parts["projector"])
     assert bool(moved & language) == (scope == "full")
     own, theirs = student.parameters(["language_model"]), trained.parameters(["language_model"])
-    assert all((own[name] is theirs[name]) == (scope == "visual") for name in own)
+    assert all((own[name] is theirs[name]) == (scope != "full") for name in own)
+
+
+@pytest.mark.parametrize("held", [{}, {"int8": True}, {"offload": True}])
+def test_an_attack_of_low_rank_tunes_what_it_adds_to_the_language_model(
+    student: MLLM, splits: Splits, held: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[LowRank] = []
+    both = LowRank.both
+    monkeypatch.setattr(LowRank, "both", lambda self: made.append(self) or both(self))
+    freeze_language_model(student, **held)
+    text = splits.columns["retain_qa"][:2]
+    config = RelearnConfig(scopes=("low_rank",), rank=4, steps=(1, 3), batch_size=2, learning_rate=1e-2)
+    relearn(student, "low_rank", text, text, config, SHORT, seed=7, what="attack")
+    (added,) = made
+    assert added.up.keys() == student.language_model_layers().keys()
+    drawn = LowRank(student.language_model_layers(), 4, student.model.dtype, student.device, 7)
+    assert all(bool(up.any()) for up in added.up.values())
+    assert not any(torch.equal(down, drawn.down[name]) for name, down in added.down.items())
 
 
 def test_an_attack_in_parts_of_its_batches_takes_the_same_steps(

@@ -179,5 +179,5 @@ def test_a_language_model_to_which_nothing_can_be_added_is_told(student: MLLM, s
         other = Conv1D(layer.out_features, layer.in_features)  # what GPT-2 has in place of linear layers
         setattr(student.model.get_submodule(parent), name, other.requires_grad_(False))
     attacker = attacker_of(student, splits, scopes=["full"], rank=2)
-    with pytest.raises(RecipeError, match=r"simulated_attack\.rank: .* no linear layer .* null"):
+    with pytest.raises(RecipeError, match=r"no linear layer .* simulated_attack\.rank to null"):
         attacker.add_gradient(0, 1.0)

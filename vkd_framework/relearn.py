@@ -8,6 +8,7 @@ and questions that the attacker does not train on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -20,11 +21,12 @@ from vkd_framework.errors import RecipeError
 from vkd_framework.evaluate import right_answers
 from vkd_framework.gradients import adamw, check_finite
 from vkd_framework.intervals import clustered
+from vkd_framework.low_rank import LowRank
 from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import EvaluateConfig, RelearnConfig
-from vkd_framework.types import SCOPES, AttackCurve, ImageQuestionPair, Pool, Scope, Splits
+from vkd_framework.types import SCOPES, AttackCurve, ImageQuestionPair, Pool, RelearnScope, Splits
 
 CLIP = 1.0
 REMEDY = "such an attack says nothing; lower relearn.learning_rate"
@@ -35,7 +37,7 @@ REMEDY = "such an attack says nothing; lower relearn.learning_rate"
 class Attacker:
     """What one attacker tunes (`scope`) and has: `pairs`, a share of a pool, drawn by `seed`."""
 
-    scope: Scope
+    scope: RelearnScope
     pool: Pool
     share: float
     seed: int
@@ -122,7 +124,7 @@ def attack(
 
 def relearn(
     mllm: MLLM,
-    scope: Scope,
+    scope: RelearnScope,
     known: Sequence[ImageQuestionPair],
     test: Sequence[ImageQuestionPair],
     config: RelearnConfig,
@@ -137,21 +139,26 @@ def relearn(
     """
     parts = SCOPES[scope]
     copied = mllm.copy(share=[part for part in SCOPES["full"] if part not in parts])
-    parameters = trainable(copied, parts)
+    parameters, added = dict(trainable(copied, parts)), None
+    if scope == "low_rank":
+        layers = copied.language_model_layers()
+        added = LowRank(layers, config.rank, copied.model.dtype, copied.device, seed)
+        parameters |= added.both()
     optimizer = adamw(
         parameters.values(), master_weights=config.master_weights, lr=config.learning_rate, weight_decay=0.0
     )
     batches = Batches(known, config.batch_size, seed)
     right = []
-    for step in Progress(range(max(config.steps)), what):
-        optimizer.zero_grad(set_to_none=True)
-        loss = _descend(copied, batches.batch(step), config.micro_batch)
-        ranks.add_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        check_finite({"the loss": loss, "the gradient": float(norm)}, step, what, REMEDY)
-        optimizer.step()
-        if step + 1 in config.steps:
-            right.append(right_answers(copied, test, evaluation))
+    with added.added() if added else nullcontext():
+        for step in Progress(range(max(config.steps)), what):
+            optimizer.zero_grad(set_to_none=True)
+            loss = _descend(copied, batches.batch(step), config.micro_batch)
+            ranks.add_gradients(parameters)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+            check_finite({"the loss": loss, "the gradient": float(norm)}, step, what, REMEDY)
+            optimizer.step()
+            if step + 1 in config.steps:
+                right.append(right_answers(copied, test, evaluation))
     mllm.model.requires_grad_(False)
     return right
 

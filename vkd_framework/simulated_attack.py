@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from vkd_framework import ranks
 from vkd_framework.batches import Batches, in_parts
-from vkd_framework.errors import RecipeError
 from vkd_framework.gradients import as_gradients_come
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.low_rank import LowRank
@@ -158,13 +157,9 @@ class SimulatedAttacker:
             language = self._mllm.parameters(["language_model"]).keys() - self._student.keys()
             tuned = {name: parameter for name, parameter in tuned.items() if name not in language}
             layers = {n: m for n, m in self._mllm.language_model_layers().items() if f"{n}.weight" in language}
-            if language and not layers:
-                raise RecipeError(
-                    "simulated_attack.rank: the language model has no linear layer that something could be added to; "
-                    "set it to null"
-                )
-            dtype, device = self._mllm.model.dtype, self._mllm.device
-            self._added = LowRank(layers, self._config.rank, dtype, device, draw.randrange(2**31))
+            if language:
+                dtype, device = self._mllm.model.dtype, self._mllm.device
+                self._added = LowRank(layers, self._config.rank, dtype, device, draw.randrange(2**31))
         self._delta = {name: torch.zeros_like(p) for name, p in tuned.items() if name in self._student}
         self._own = {name: p.detach().clone().requires_grad_() for name, p in tuned.items() if name not in self._delta}
         self._leaves = {**self._own, **(self._added.up if self._added else {})}

@@ -30,10 +30,15 @@ PARTS: tuple[Part, ...] = ("encoder", "projector", "language_model")
 Scope = Literal["visual", "full"]
 """What an attacker tunes: the visual modules alone, or every weight."""
 
-SCOPES: Mapping[Scope, tuple[Part, ...]] = {
+RelearnScope = Literal["visual", "low_rank", "full"]
+"""`low_rank`: beside the visual modules, something of low rank that he adds to the language model's layers."""
+
+SCOPES: Mapping[RelearnScope, tuple[Part, ...]] = {
     "visual": ("encoder", "projector"),
+    "low_rank": ("encoder", "projector"),
     "full": ("encoder", "projector", "language_model"),
 }
+"""The parts of which he tunes every weight."""
 
 
 Pool = Literal["known", "new", "others"]
@@ -241,7 +246,7 @@ class AttackCurve:
     """
 
     model: str
-    scope: Scope
+    scope: RelearnScope
     share: float
     pairs: int
     seed: int

@@ -286,7 +286,7 @@ def _unreferenced(metrics: Mapping[str, Any]) -> bool:
 
 
 def _spared(relearn: Mapping[str, Any]) -> bool:
-    """Whether no attack reached the language model."""
+    """Whether no attack tuned every weight."""
     scopes = {curve["scope"] for curve in relearn.get("curves") or () if curve["model"] == "unlearned"}
     return bool(scopes) and "full" not in scopes
 

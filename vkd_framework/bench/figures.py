@@ -44,7 +44,11 @@ COSTS: dict[str, tuple[str, Kind]] = {
     "total_parameters": ("Parameters", "count"),
     "mask_bytes": ("Mask on disk", "bytes"),
 }
-SCOPE_WORDS = {"visual": "visual modules", "full": "every weight"}
+SCOPE_WORDS = {
+    "visual": "visual modules",
+    "low_rank": "visual modules and low rank",
+    "full": "every weight",
+}
 POOL_WORDS = {"known": "", "new": ", new photos", "others": ", other people's photos"}
 TEXT_DIFFERENCE = "proofs.text_only_max_logit_difference"
 

@@ -161,8 +161,13 @@ def _masters(recipe: Recipe, stage: str) -> tuple[str, ...]:
     return (f"{section}.master_weights=false",) if held and recipe.model.dtype != "float32" else ()
 
 
-def _relearn_scopes(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    return ("relearn.scopes=[visual]",) if stage == "relearn, full" else ()
+def _low_rank_attack(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    scopes = dict.fromkeys("low_rank" if scope == "full" else scope for scope in recipe.relearn.scopes)
+    return (f"relearn.scopes=[{', '.join(scopes)}]",) if stage == "relearn, full" else ()
+
+
+def _visual_attack(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    return ("relearn.scopes=[visual]",) if stage == "relearn, low_rank" else ()
 
 
 def _projector(recipe: Recipe, stage: str) -> tuple[str, ...]:
@@ -185,7 +190,8 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_attacker_batch, "withstands a somewhat weaker attacker"),
     (_batches, "noisier steps; more of them may be needed"),
     (_masters, "small steps are rounded away, and many weights stand still"),
-    (_relearn_scopes, "does not measure the attack on every weight"),
+    (_low_rank_attack, "does not measure the attack on every weight"),
+    (_visual_attack, "does not measure any attack on the language model"),
     (_projector, "forgets less"),
 )
 """What may be changed, given the recipe and the stage that holds most, and what that costs; the cheapest first."""

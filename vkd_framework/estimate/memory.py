@@ -63,10 +63,16 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         return sum(count[part] for part in parts)
 
     def training(
-        name: str, parts: Sequence[Part], pairs: int, *more: Line, masters: bool = True, most: int | None = None
+        name: str,
+        parts: Sequence[Part],
+        pairs: int,
+        *more: Line,
+        masters: bool = True,
+        most: int | None = None,
+        added: int = 0,
     ) -> Stage:
-        n = trained(parts)
-        every = Pass(name, pairs, True, tuple(parts), everywhere=name == "teach", most=most)
+        n = trained(parts) + added
+        every = Pass(name, pairs, True, PARTS if added else tuple(parts), everywhere=name == "teach", most=most)
         return Stage(
             name,
             (
@@ -95,7 +101,8 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         found.append(Stage("attacks", (*held, kept, *_pass_lines(one, size, tokens, each))))
     for scope in recipe.relearn.scopes:
         n = trained(SCOPES[scope])
-        copied = Line("the attacker's copy", n * each, f"{n:,} x {each}")
+        added = recipe.relearn.rank * sum(size.channels) if scope == "low_rank" else 0
+        copied = Line("the attacker's copy", (n + added) * each, f"{n + added:,} x {each}")
         found.append(
             training(
                 f"relearn, {scope}",
@@ -104,6 +111,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
                 copied,
                 masters=recipe.relearn.master_weights,
                 most=recipe.relearn.micro_batch,
+                added=added,
             )
         )
     return found

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vkd_framework.recipe.sections import Section, Share
-from vkd_framework.types import Part, Pool, Scope
+from vkd_framework.recipe.sections import ReadWith, Section, Share
+from vkd_framework.types import Part, Pool, RelearnScope
 
 
 class RelearnConfig(Section):
@@ -19,7 +19,14 @@ class RelearnConfig(Section):
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(10, 30, 60), min_length=1, description="steps after which Test VQA is scored"
     )
-    scopes: tuple[Scope, ...] = Field(default=("visual", "full"), min_length=1)
+    scopes: tuple[RelearnScope, ...] = Field(
+        default=("visual", "full"),
+        min_length=1,
+        description="what the attacker tunes: visual modules, beside them something of low rank, or every weight",
+    )
+    rank: Annotated[int, ReadWith("scopes", ("low_rank",))] = Field(
+        default=16, ge=1, description="of what is added to the language model's layers (scopes: low_rank)"
+    )
     photos: tuple[Pool, ...] = Field(
         default=("known", "new", "others"),
         min_length=1,

@@ -26,6 +26,8 @@ class Section(BaseModel):
 class ReadWith:
     """In the type of a setting or section: read only while `key` has one of `values`; without values, while it is set.
 
+    Of a key that lists several, one is enough.
+
     `key` stands beside the setting, or else at the top of the recipe.
     """
 

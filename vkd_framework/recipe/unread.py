@@ -29,7 +29,8 @@ def unread(recipe: Recipe, body: Given, levels: Sequence[Given]) -> dict[str, st
     levels = [body, *levels]
     for key, decider, values in _rules(type(recipe)):
         actual = _value(recipe, decider)
-        if actual in values or (not values and actual):
+        several = actual if isinstance(actual, tuple) else (actual,)
+        if not {*several}.isdisjoint(values) or (not values and actual):
             continue
         deciding = max(
             (at for at, level in enumerate(levels) if any(_has(tree, decider) for _, tree in level)),
@@ -38,7 +39,7 @@ def unread(recipe: Recipe, body: Given, levels: Sequence[Given]) -> dict[str, st
         for where, tree in (one for level in levels[deciding:] for one in level):
             if _has(tree, key) and _value(recipe, key) != _default(recipe, key):
                 wanted = f"{decider}: {' or '.join(values)}" if values else f"{decider} above 0"
-                is_now = "null" if actual is None else actual
+                is_now = "null" if actual is None else " and ".join(map(str, several))
                 found.setdefault(
                     where, f"{key} goes with {wanted}, and it is {is_now} here; set that, or leave {key} out"
                 )

@@ -9,7 +9,11 @@ from vkd_framework.report.formatting import NBSP, count, is_number, percent, per
 from vkd_framework.report.table import MODELS, model_label
 from vkd_framework.types import AttackCurve
 
-SCOPES = {"visual": "Visual modules tuned", "full": "Every weight tuned"}
+SCOPES = {
+    "visual": "Visual modules tuned",
+    "low_rank": "Visual modules tuned, the language model by low rank",
+    "full": "Every weight tuned",
+}
 
 POOLS = {"known": "the forget set", "new": "new photos of the forgotten", "others": "other people only"}
 """What the attackers had, the strongest knowledge first."""
