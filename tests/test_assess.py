@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import CAST
 
+from vkd_framework import relearn
 from vkd_framework.bench.records import find
 from vkd_framework.cache import CACHE_VARIABLE
 from vkd_framework.cli import main
@@ -162,6 +165,40 @@ def test_answers_and_attack_go_into_one_folder_and_are_compared_like_a_run(
     assert record.method == "theirs" and record.metrics["models"] == evaluated["models"]
     assert record.metrics["relearn"]["curves"] == found["curves"]
     assert vkd("compare", str(out)).exit_code == 0
+
+
+def test_an_attack_that_was_stopped_goes_on_in_its_folder(
+    recipe: str, stranger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    whole = relearn.relearn
+
+    def stopped_at_the_second(*args: Any, **options: Any) -> Any:
+        made.append(options["what"])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(relearn, "relearn", stopped_at_the_second)
+    command = ("relearn", stranger, "--recipe", recipe, "--out", str(tmp_path / "out"))
+    done = vkd(*command)
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (
+        1,
+        "error: stopped; with --out, the same command goes on",
+    )
+    other = vkd(*command, "--set", "seed=1")
+    assert other.exit_code == 2 and "where this command was stopped" in other.stderr
+    assert told(*command)["curves"]
+    assert made[0] not in made[1:] and made[1] == made[2]
+
+
+def test_figures_of_a_checkpoint_that_changed_are_not_mixed(recipe: str, stranger: str, tmp_path: Path) -> None:
+    theirs, out = tmp_path / "theirs", str(tmp_path / "out")
+    shutil.copytree(stranger, theirs)
+    told("relearn", str(theirs), "--recipe", recipe, "--out", out)
+    os.utime(theirs / "config.json", (0, 0))
+    done = vkd("evaluate", str(theirs), "--recipe", recipe, "--out", out)
+    assert done.exit_code == 2 and "holds figures of another model" in done.stderr
 
 
 def test_a_folder_that_holds_something_is_not_written_into(recipe: str, stranger: str, tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def test_examples_are_of_the_same_person_on_other_photos_and_do_not_tell_the_ans
     assert in_context.with_examples(splits.columns["test_vqa"][0], others, 1, seed=0) is None
 
 
+def test_letters_of_options_and_letters_within_words_tell_no_answer(splits: Splits) -> None:
+    asked = splits.columns["test_vqa"][0]
+    known = [replace(pair, question="Is this known? A: yes B: no", answer="A") for pair in splits.forget]
+    for answer, told in (("A", False), ("no", True), ("now", False), ("is", True)):
+        shown = in_context.with_examples(replace(asked, answer=answer), known, 1, seed=0)
+        assert (shown is None) == told, answer
+
+
 def test_examples_repeat_a_topic_where_there_are_no_others(splits: Splits) -> None:
     asked = splits.columns["test_vqa"][0]
     alike = [replace(one, answer="yes") for one in splits.forget if one.subject == asked.subject]

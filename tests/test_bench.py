@@ -174,6 +174,15 @@ def test_less_is_better_only_where_the_forgotten_are_asked_who_they_are() -> Non
     assert better["cost.total_parameters"] == "neither"
 
 
+def test_of_wrong_answers_only_the_probability_is_told_and_none_is_better() -> None:
+    metrics = made("a")
+    metrics["models"]["unlearned"]["retain_vqa_seen_wrong_answer"] = metrics["models"]["unlearned"]["retain_vqa"]
+    found = {key: value for key, value in figures(metrics).items() if key.startswith("retain_vqa_seen_wrong_answer")}
+    assert {key: value.figure.better for key, value in found.items()} == {
+        "retain_vqa_seen_wrong_answer.answer_probability": "neither"
+    }
+
+
 def test_runs_that_differ_only_in_their_seed_are_one_row_and_others_are_told_apart(tmp_path: Path) -> None:
     for name, seed, steps in (("a", 0, 300), ("b", 1, 300), ("c", 0, 600)):
         write_json(tmp_path / name / "metrics.json", made("vkd", seed))

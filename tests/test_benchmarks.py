@@ -257,7 +257,7 @@ def test_clear_draws_wrong_names_where_none_are_published(folders: dict[str, Pat
 
 
 def test_clear_holds_out_a_share_of_each_persons_photos(folders: dict[str, Path]) -> None:
-    for share, out in ((0.25, 1), (0.5, 2)):
+    for share, out in ((0.25, 1), (0.5, 2), (0.99, 3)):
         splits = load("clear", folders["clear"], test_share=share)
         assert len(splits.columns["test_vqa"]) == 2 * out and len(splits.columns["retain_vqa"]) == 4 * out
         assert len(splits.forget) == 2 * 2 * (4 - out)

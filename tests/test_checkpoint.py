@@ -126,6 +126,22 @@ def test_cost_is_summed_by_the_beginning_of_the_name_and_survives_the_process(tm
     assert later.peak_memory() == 5
 
 
+def test_a_stage_that_goes_on_counts_with_what_it_took_before(tmp_path: Path) -> None:
+    first = stages_in(tmp_path)
+
+    def stopped() -> None:
+        time.sleep(0.05)
+        first.count("unlearn")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run("unlearn", stopped)
+    later = stages_in(tmp_path)
+    later.run("unlearn", lambda: None)
+    assert later.seconds("unlearn") >= 0.05
+    assert [path.name for path in tmp_path.iterdir()] == ["unlearn.json"]
+
+
 def test_a_shared_stage_is_done_once_and_counts_as_long_as_it_took_there(tmp_path: Path) -> None:
     done: list[int] = []
 

@@ -178,6 +178,9 @@ def test_shares_of_answers_that_say_nothing_count_wrong_ones_about_photos() -> N
     assert degenerate_shares(columns, before, after) == {"vanilla": 0.25, "unlearned": 0.5, "n": 4}
     both_cut = given("chess", "chess", "ha ha ha ha", "he is a", cut=3)
     assert degenerate_shares(columns, before, both_cut) == {"vanilla": 0.25, "unlearned": 0.0, "n": 4}
+    again = {end: columns["a"] for end in ("a_wrong_answer", "a_paraphrased_answer")}
+    copies = [{**said, **dict.fromkeys(again, said["a"])} for said in (before, after)]
+    assert degenerate_shares({**columns, **again}, *copies) == {"vanilla": 0.25, "unlearned": 0.5, "n": 4}
     assert degenerate_shares({"b": columns["b"]}, before, after) is None
     assert degenerate_shares(columns, {}, after) is None
 

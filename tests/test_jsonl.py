@@ -120,6 +120,15 @@ def test_files_of_the_same_picture_are_one_photo(folder: Folder) -> None:
     assert "'Mara Velin' (none to measure)" in folder.error()
 
 
+@pytest.mark.parametrize("share", [0.75, 0.99])
+def test_a_photo_of_each_person_is_left_to_train_on(folder: Folder, share: float) -> None:
+    folder.rows(*folder.good_rows(photos=2))
+    splits = folder.load(test_share=share)
+    assert {pair.subject for pair in splits.retain if pair.photos} == {
+        pair.subject for pair in splits.columns["retain_vqa"]
+    }
+
+
 def test_the_held_out_photos_depend_on_the_seed_alone(folder: Folder) -> None:
     rows = folder.good_rows(photos=8)
     folder.rows(*rows)

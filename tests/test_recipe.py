@@ -220,6 +220,12 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"unlearn": {"checkpoint_every": 3}},
         ("simulated_attack.head_start", "3 steps are never over", "unlearn.checkpoint_every"),
     ),
+    "an attack that takes turns and never counts": (
+        {"unlearn": {"checkpoint_every": 6}, "simulated_attack": {"turns": True}},
+        ("after 3 of his, so 3 steps are never over", "unlearn.checkpoint_every (6)"),
+    ),
+    "a seed that is a date and a time": ({"seed": 20261129153259}, ("seed", "less than 4294967296")),
+    "seeds of attacks that are too large": ({"relearn": {"seeds": [0, 2**32]}}, ("relearn.seeds.1",)),
     "values for a method that there is not": (
         {"for_methods": {"gaa": {"unlearn": {"steps": 3}}}},
         ("for_methods.gaa: there is no such method", "did you mean 'ga'?"),

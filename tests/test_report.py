@@ -72,6 +72,11 @@ def test_recovery_is_compared_with_a_model_that_never_knew(
     assert said in attack_sentence(metrics)
 
 
+def test_an_attack_by_people_who_have_no_pairs_of_the_forgotten_is_told_as_such(metrics: dict[str, Any]) -> None:
+    metrics["relearn"] |= {"average_recovery": None, "recovery_from_others": 0.25}
+    assert attack_sentence(metrics).startswith("Under attackers who only had other people, exact match on Test VQA")
+
+
 def test_the_verdict_is_the_first_thing_that_report_and_model_card_say(metrics: dict[str, Any]) -> None:
     sentence, further = "Hidden: it comes back & <fast>.", "Damaged: \N{NO-BREAK SPACE}others too."
     metrics["verdict"] = {"kind": "hidden", "sentence": sentence, "reasons": [further]}

@@ -369,7 +369,7 @@ def test_a_run_is_not_resumed_with_other_data(finished: Finished, tmp_path: Path
     stage = read_json(kept)
     write_json(kept, {**stage, "result": "of other data"})
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
-    with pytest.raises(DataError, match="the data changed since this run began"):
+    with pytest.raises(DataError, match="the data changed since this began"):
         run(finished.recipe, out=out, resume=True)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
     kept.unlink()  # as a run of an older version leaves it

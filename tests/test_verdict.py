@@ -91,6 +91,16 @@ def test_an_attack_that_was_not_tried_on_every_weight_is_told(scopes: list[str],
     assert ("attack on every weight (`relearn.scopes`) was not tried" in words(found)) == said
 
 
+def test_a_lead_of_attackers_who_only_have_others_is_a_lead_and_no_suspicion() -> None:
+    hidden = relearnt(None, row(0.0, 0.6, pool="others"), recovery_from_others=0.4)
+    found = verdict(hidden)
+    assert found.kind == "hidden" and "at most +60.0 points, scope full, other people only, after 30" in words(found)
+    assert "only be suspected" not in words(found) and hiding(hidden["relearn"]) == found.sentence
+    level = relearnt(None, row(0.0, 0.01, pool="others"), recovery_from_others=0.0)
+    assert verdict(level).kind == "forgotten" and "only be suspected" not in words(verdict(level))
+    assert hiding(level["relearn"]).startswith("Not hidden, by attackers without pairs of the forgotten: at most")
+
+
 def test_photos_are_called_unseen_only_where_they_were() -> None:
     found = verdict(good(unseen={"test_vqa": ["phrasings"]}))
     assert "exact answers about the forgotten people on unseen phrasings (" in words(found)

@@ -11,6 +11,8 @@ from typing import Any
 
 from vkd_framework.types import ImageQuestionPair
 
+WRONG, REWORDED = "_wrong_answer", "_paraphrased_answer"
+"""What the names of columns end with that ask another column's questions again, for the likelihood of other answers."""
 Given = Mapping[str, Mapping[str, Any]]
 """Column -> `answers` of a model, and `cut`: which of them the token limit ended."""
 _AGAIN_AND_AGAIN = re.compile(r"([^\W\d].{0,39}?)(?:\W*\1){3}", re.DOTALL)
@@ -54,7 +56,8 @@ def degenerate_shares(
     when it was cut off at the token limit and the vanilla model's was not.
     """
     was = now = n = 0
-    for pair, (first, _), (second, endless) in _both(columns, before, after):
+    asked = {name: pairs for name, pairs in columns.items() if not name.endswith((WRONG, REWORDED))}
+    for pair, (first, _), (second, endless) in _both(asked, before, after):
         if pair.photos:
             n += 1
             was += degenerate(first) and not is_right(pair, first)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from vkd_framework import attacks, data, ranks, relearn
-from vkd_framework.checkpoint import EVALUATED, RELEARNED, read_json, write_json, write_text
+from vkd_framework.checkpoint import EVALUATED, RELEARNED, write_json, write_text
 from vkd_framework.errors import ModelError, RecipeError
 from vkd_framework.layers_table import describe
 from vkd_framework.machine import environment
 from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe, is_tiny, load_recipe
+from vkd_framework.run.folder import check_data
 from vkd_framework.run.measurements import TAUGHT, Measurements
 from vkd_framework.verdict import verdict
 
@@ -63,6 +64,19 @@ class Assessment(Measurements):
     alone: bool = False
     kept: bool = False
 
+    def begin(self) -> None:
+        """Say whose folder it is, so that the same command goes on there after it was stopped.
+
+        Raises DataError or ModelError when the data or the checkpoint changed since.
+        """
+        write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+        check_data(self.folder, self.stages, self.splits)
+        now = {"source": self.model, "files": _files(self.model)}
+        if self.stages.run("model", lambda: now) != now:
+            raise ModelError(
+                f"{self.folder}: holds figures of another model than {self.model} is now; choose another --out"
+            )
+
     def evaluated(self) -> dict[str, Any]:
         """Columns and attacks of every model."""
         models, columns = self._measured()
@@ -97,7 +111,6 @@ class Assessment(Measurements):
     def written(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
         """`result`, put into a file when the folder is kept."""
         if self.kept:
-            write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
             write_json(self.folder / "environment.json", environment(self.device))
             write_json(self.folder / name, {"model": self.model, **result})
             say(f"results in {self.folder}")
@@ -130,27 +143,35 @@ def _assessment(
     if alone:  # nothing to put back, and nothing to compare with
         others = tuple(config for config in recipe.attacks if config.kind != "module_restore")
         recipe = recipe.model_copy(update={"attacks": others})
-    if out is not None and ranks.once(lambda: _taken(out, adds, source, recipe)):
+    if out is not None and ranks.once(lambda: _taken(out, adds, recipe)):
         raise RecipeError(
-            f"{out}: exists already; choose another --out, or the folder where the other of `vkd evaluate` and "
-            "`vkd relearn` left what it found of the same model by the same recipe"
+            f"{out}: exists already; choose another --out, or the folder where this command was stopped, or the other "
+            "of `vkd evaluate` and `vkd relearn` left what it found, of the same model by the same recipe"
         )
     splits = data.load(recipe.data)
     relearn.attackers(recipe.relearn, splits)
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="vkd-") as folder:
-        yield Assessment(recipe, adapter, splits, Path(folder), model=source, alone=alone, kept=out is not None)
+        assessment = Assessment(recipe, adapter, splits, Path(folder), model=source, alone=alone, kept=out is not None)
+        if assessment.kept:
+            assessment.begin()
+        yield assessment
 
 
-def _taken(out: Path, adds: str, model: str, recipe: Recipe) -> bool:
-    """Whether a folder holds anything but what the other command left of the same model by the same recipe."""
+def _taken(out: Path, adds: str, recipe: Recipe) -> bool:
+    """Whether a folder holds anything but what this command, stopped, or the other one left by the same recipe."""
     if not out.is_dir():
         return out.exists()
     found = {path.name for path in out.iterdir()}
     other = RELEARNED if adds == EVALUATED else EVALUATED
-    if found - {"checkpoints"} != {other, "recipe.yaml", "environment.json"}:
+    if found - {other, "recipe.yaml", "environment.json"} != {"checkpoints"} or "recipe.yaml" not in found:
         return bool(found)
-    same = (out / "recipe.yaml").read_text(encoding="utf-8") == recipe.to_yaml()
-    return not (same and read_json(out / other).get("model") == model)
+    return (out / "recipe.yaml").read_text(encoding="utf-8") != recipe.to_yaml()
+
+
+def _files(source: str) -> list[list[Any]]:
+    """Name, size and time of a folder's files; none of a hub id."""
+    files = sorted(Path(source).rglob("*")) if os.path.isdir(source) else []
+    return [[str(file), (about := file.stat()).st_size, about.st_mtime_ns] for file in files if file.is_file()]
 
 
 def _checkpoint(model: str, adapter: Adapter) -> str:

@@ -81,6 +81,7 @@ class Stages:
 
     def __init__(self, folder: Path, peak_memory: Callable[[], int]) -> None:
         self._folder, self._peak_memory = folder, peak_memory
+        self._began: dict[str, float] = {}
 
     def run(self, name: str, work: Callable[[], Any], *, shared: Path | None = None) -> Any:
         """The result of `work`, from its file when the stage was finished before.
@@ -90,9 +91,22 @@ class Stages:
         """
         path = self._folder / f"{name}.json"
         if not ranks.once(path.exists):
+            lap, earlier = self._lap(name), 0.0
+            if ranks.once(lap.exists):
+                earlier = float(ranks.once(lambda: read_json(lap)))
+            self._began[name] = time.perf_counter() - earlier
             stage = _timed(work) if shared is None else _shared(shared / f"{name}.json", work)
+            stage["seconds"] += earlier
             write_json(path, {**stage, "peak_memory_bytes": max(ranks.gather(self._peak_memory()))})
+            lap.unlink(missing_ok=True)
         return ranks.once(lambda: read_json(path))["result"]
+
+    def count(self, name: str) -> None:
+        """Keep how long an unfinished stage took so far, where it keeps a state from which it can go on."""
+        write_json(self._lap(name), time.perf_counter() - self._began[name])
+
+    def _lap(self, name: str) -> Path:
+        return self._folder / f"{name}.seconds"
 
     def forget(self, name: str) -> None:
         """Have a stage done again, because a file it left is gone."""

@@ -17,6 +17,14 @@ import click
 from vkd_framework import __version__
 from vkd_framework.errors import RecipeError, VKDError
 
+GOING_ON = {
+    "run": "; go on with --resume",
+    "bench": "; the same command goes on",
+    "evaluate": "; with --out, the same command goes on",
+    "relearn": "; with --out, the same command goes on",
+}
+"""Command -> what to do after it was stopped."""
+
 
 class Commands(click.Group):
     """Commands in the order in which a newcomer meets them; a user's mistake is one line, an own bug a traceback."""
@@ -51,7 +59,7 @@ class Commands(click.Group):
             click.echo(f"error: {error.format_message().rstrip('.')}; see `{where} --help`", err=True)
             sys.exit(error.exit_code)
         except click.Abort:
-            click.echo("error: stopped; go on with --resume", err=True)
+            click.echo("error: stopped", err=True)
             sys.exit(1)
         if standalone_mode:
             sys.exit(result if isinstance(result, int) else 0)
@@ -66,6 +74,9 @@ class Commands(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo(f"error: stopped{GOING_ON.get(ctx.invoked_subcommand or '', '')}", err=True)
+            sys.exit(1)
 
 
 RECIPE = click.argument("recipe")

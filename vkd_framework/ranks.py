@@ -272,7 +272,7 @@ def _connected() -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostProcessError(
             "another process of this run has ended or cannot be reached; what it said is above, or it was killed. "
-            f"Go on with --resume ({reason})"
+            f"Start the same again, `vkd run` with --resume ({reason})"
         ) from error
 
 

@@ -7,6 +7,7 @@ left as it is may complete the rest from what it was taught as text: the referen
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,14 +44,13 @@ def with_examples(
 
     Topics differ as far as there are enough. None when there are too few examples.
     """
-    told = normalise(pair.answer)
     usable = [
         example
         for example in known
         if example.subject == pair.subject
         and len(example.photos) == 1
         and example.photo_keys[0] not in pair.photo_keys
-        and told not in normalise(f"{example.question} {example.answer}")
+        and not _tells(f"{example.question} {example.answer}", pair.answer)
     ]
     random.Random(f"{seed}/{pair.id}").shuffle(usable)
     by_answer: dict[str, list[ImageQuestionPair]] = defaultdict(list)
@@ -74,3 +74,9 @@ def with_examples(
         question=f"{said} {pair.question}",
         photos=(*(example.photos[0] for example in chosen), *pair.photos),
     )
+
+
+def _tells(text: str, answer: str) -> bool:
+    """Whether `text` has the answer's words in it. The letter of an option tells nothing: it is another one's too."""
+    words = normalise(answer)
+    return len(words) > 1 and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", normalise(text)) is not None

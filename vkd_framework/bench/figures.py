@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vkd_framework.answers import WRONG
 from vkd_framework.intervals import wilson
 from vkd_framework.report.attack import SCOPES
 from vkd_framework.report.formatting import is_number
@@ -53,6 +54,9 @@ POOL_WORDS = {"known": "", "new": ", new photos", "others": ", other people's ph
 TEXT_DIFFERENCE = "proofs.text_only_max_logit_difference"
 
 
+Better = Literal["lower", "higher", "neither"]
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure that every run has: its name for programs and for people, and which way it is better."""
@@ -60,7 +64,7 @@ class Figure:
     key: str
     label: str
     kind: Kind
-    better: Literal["lower", "higher", "neither"]
+    better: Better
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,12 @@ def _columns(metrics: Mapping[str, Any], model: str) -> list[Value]:
         label = column_of(column).label
         identity = any(column == name or column.startswith(f"{name}_") for name in IDENTITY)
         for measure, name in MEASURES.items():
-            if not is_number(cell.get(measure)):
+            wrong = column.endswith(WRONG)
+            if not is_number(cell.get(measure)) or (wrong and measure != "answer_probability"):
                 continue
             bounds = cell.get("interval_95") if measure == "exact_match" else None
-            figure = Figure(f"{column}.{measure}", f"{label}, {name}", "share", "lower" if identity else "higher")
+            better: Better = "neither" if wrong else "lower" if identity else "higher"
+            figure = Figure(f"{column}.{measure}", f"{label}, {name}", "share", better)
             found.append(Value(figure, cell[measure], (bounds[0], bounds[1]) if bounds else None))
     return found
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vkd_framework.data.jsonl import held_out_of
 from vkd_framework.data.published import Benchmark, Reader, Row, columns_of, open_benchmark, required, with_wrong
 from vkd_framework.errors import DataError
 from vkd_framework.progress import Progress
@@ -120,7 +121,7 @@ def _held_out(shots: Iterable[_Shot], config: ClearData) -> set[str]:
     held_out: set[str] = set()
     for keys in photos.values():
         keys.sort(key=lambda key: hashlib.sha256(f"{config.seed}/{key}".encode()).digest())
-        held_out |= set(keys[: max(1, round(config.test_share * len(keys)))] if len(keys) > 1 else ())
+        held_out |= set(keys[: held_out_of(len(keys), config.test_share)])
     return held_out
 
 

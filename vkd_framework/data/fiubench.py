@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
+from vkd_framework.answers import REWORDED, WRONG
 from vkd_framework.data.published import Benchmark, Reader, Row, columns_of, open_benchmark, required, with_wrong
 from vkd_framework.errors import DataError, on_one_line
 from vkd_framework.progress import Progress
@@ -109,8 +110,8 @@ def _questions(
         # What the truth ratio is made of: how likely the right answer in other words is, and how likely wrong ones are.
         for rephrased in reader.texts(item.get("paraphrased_answer"))[:1]:
             options = with_wrong(rephrased, wrong, f"{seed}/{name}/paraphrased")
-            columns[f"{seen}_paraphrased_answer"].append(about(name, question, rephrased, options=options))
-        columns[f"{seen}_wrong_answer"] += [about(f"{name}/{turn}", question, text) for turn, text in enumerate(wrong)]
+            columns[f"{seen}{REWORDED}"].append(about(name, question, rephrased, options=options))
+        columns[f"{seen}{WRONG}"] += [about(f"{name}/{turn}", question, text) for turn, text in enumerate(wrong)]
     return trained
 
 

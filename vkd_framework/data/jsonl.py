@@ -125,13 +125,18 @@ def _with_splits(rows: Sequence[_Row], config: JsonlData) -> list[_Row]:
     split_of = {group: row.split for group, row in zip(groups, rows, strict=True) if group is not None and row.split}
     for owned in _groups_by_subject(rows, groups).values():
         undecided = [group for group in owned if group not in split_of]
-        held_out = max(1, round(config.test_share * len(undecided))) if len(undecided) > 1 else 0
+        held_out = held_out_of(len(undecided), config.test_share)
         undecided.sort(key=lambda group: hashlib.sha256(f"{config.seed}/{group}".encode()).digest())
         split_of |= {group: "test" if at < held_out else "train" for at, group in enumerate(undecided)}
     return [
         replace(row, split=(row.split if group is None else split_of.get(group)) or "test")
         for group, row in zip(groups, rows, strict=True)
     ]
+
+
+def held_out_of(count: int, share: float) -> int:
+    """How many of somebody's photos are only measured: at least one, and one is left to train on; none of a single."""
+    return min(count - 1, max(1, round(share * count))) if count > 1 else 0
 
 
 def _groups_by_subject(rows: Sequence[_Row], groups: Sequence[str | None]) -> Mapping[str, list[str]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vkd_framework.recipe.sections import ReadWith, Section, Share
+from vkd_framework.recipe.sections import ReadWith, Section, Seed, Share
 from vkd_framework.types import Part, Pool, RelearnScope
 
 
@@ -32,7 +32,7 @@ class RelearnConfig(Section):
         min_length=1,
         description="what the attacker has: forget pairs, new photos of the same people, or only other people",
     )
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=16, ge=1)
     micro_batch: int | None = Field(
@@ -75,7 +75,9 @@ class ProbeAttack(Section):
     """Tell people apart by the visual features themselves, with a linear probe and with nearest neighbours."""
 
     kind: Literal["probe"]
-    photos: int = Field(default=1024, ge=2, description="most training photos the probe learns from")
+    photos: int = Field(
+        default=1024, ge=4, description="most training photos the probe learns from, two of two people at least"
+    )
 
 
 class InContextAttack(Section):

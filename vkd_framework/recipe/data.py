@@ -7,14 +7,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from vkd_framework.recipe.sections import Section
+from vkd_framework.recipe.sections import Section, Seed
 
 
 class CelebsData(Section):
     """A drawn cast of fictitious celebrities; the same seed gives the same people and the same pixels."""
 
     kind: Literal["celebs"]
-    seed: int = 0
+    seed: Seed = 0
     people: int = Field(default=32, ge=5)
     forget: int | tuple[str, ...] = Field(default=4, description="how many people are forgotten, or their names")
     train_photos: int = Field(default=24, ge=2, description="photos of each person that training may see")
@@ -40,7 +40,7 @@ class JsonlData(Section):
     test_share: float = Field(
         default=0.25, gt=0, lt=1, description="share of each subject's photos held out, where rows name no split"
     )
-    seed: int = 0
+    seed: Seed = 0
 
 
 class MllmuBenchData(Section):
@@ -50,7 +50,7 @@ class MllmuBenchData(Section):
     source: str = Field(default="MLLMMU/MLLMU-Bench", description="a local folder, or a dataset id of the hub")
     forget: Literal[5, 10, 15] = Field(default=5, description="per cent of the people")
     test_pairs: int | None = Field(default=None, ge=1, description="most questions in a measured column; null: all")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ClearData(Section):
@@ -61,7 +61,7 @@ class ClearData(Section):
     forget: Literal[1, 5, 10] = Field(default=5, description="per cent of the people")
     test_share: float = Field(default=0.25, gt=0, lt=1, description="share of each person's photos held out")
     test_pairs: int | None = Field(default=None, ge=1, description="most questions in a measured column; null: all")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class FiuBenchData(Section):
@@ -71,7 +71,7 @@ class FiuBenchData(Section):
     source: str = Field(default="gray311/FIUBench", description="a local folder, or a dataset id of the hub")
     forget: Literal[1, 5, 10] = Field(default=5, description="per cent of the people")
     test_pairs: int | None = Field(default=None, ge=1, description="most questions in a measured column; null: all")
-    seed: int = 0
+    seed: Seed = 0
 
 
 AnyData = CelebsData | JsonlData | MllmuBenchData | ClearData | FiuBenchData

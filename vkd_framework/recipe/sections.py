@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 TINY = "tiny"
 """What `model.source` begins with that means: the embedded default, built from the family's own classes."""
 
@@ -76,7 +77,7 @@ class TeachConfig(Section):
         default={"names": 0.25, "facts": 0.2, "captions": 0.1, "visible": 0.25, "text": 0.2},
         description="how a batch is made up; names and captions teach to tell faces apart",
     )
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _shares_fill_the_batch(self) -> TeachConfig:

@@ -23,7 +23,16 @@ from vkd_framework.recipe.forgetting import (
     UnlearnConfig,
 )
 from vkd_framework.recipe.messages import nearest
-from vkd_framework.recipe.sections import TUNING, EvaluateConfig, ModelConfig, ReadWith, Section, TeachConfig, is_tiny
+from vkd_framework.recipe.sections import (
+    TUNING,
+    EvaluateConfig,
+    ModelConfig,
+    ReadWith,
+    Section,
+    Seed,
+    TeachConfig,
+    is_tiny,
+)
 from vkd_framework.types import PARTS, Part
 
 
@@ -42,7 +51,7 @@ class Recipe(Section):
         exclude=True,
         description="method -> recipe values that hold when this method is run; a resolved recipe has none left",
     )
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     model: ModelConfig = ModelConfig()
     data: Annotated[AnyData, Field(discriminator="kind")]
     teach: TeachConfig | None = None
@@ -126,10 +135,12 @@ class Recipe(Section):
 
     def _terms_fit(self) -> None:
         attack = self.simulated_attack
-        if attack.weight and attack.head_start >= self.unlearn.checkpoint_every:
+        his = self.unlearn.checkpoint_every // (2 if attack.turns else 1)
+        if attack.weight and attack.head_start >= his:
             raise ValueError(
-                f"simulated_attack.head_start: an attack also ends at every checkpoint, so {attack.head_start} steps "
-                f"are never over; make unlearn.checkpoint_every ({self.unlearn.checkpoint_every}) larger"
+                f"simulated_attack.head_start: an attack also ends at every checkpoint, after {his} of his, so "
+                f"{attack.head_start} steps are never over; make unlearn.checkpoint_every "
+                f"({self.unlearn.checkpoint_every}) larger"
             )
         if attack.weight and self.model.dtype == "float16":
             raise ValueError(

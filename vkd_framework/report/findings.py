@@ -186,7 +186,12 @@ def attack_figures(metrics: Mapping[str, Any]) -> list[Definition]:
 def attack_sentence(metrics: Mapping[str, Any]) -> str:
     """What came back under attack, and what a model that never knew would have learned."""
     relearn = metrics.get("relearn") or {}
-    recovery = relearn.get("average_recovery")
+    recovery, uninformed = relearn.get("average_recovery"), relearn.get("recovery_from_others")
+    if not is_number(recovery) and is_number(uninformed):
+        return (
+            f"Under attackers who only had other people, exact match on Test VQA changed by {points(uninformed)} on "
+            "average. Nobody who has pairs of the forgotten tried."
+        )
     if not is_number(recovery):
         return "No relearning attack was measured."
     text = f"Under the relearning attack, exact match on Test VQA changed by {points(recovery)} on average."
@@ -262,7 +267,7 @@ def _forgotten_sentence(metrics: Mapping[str, Any]) -> str:
 def _others_sentence(metrics: Mapping[str, Any]) -> str:
     names = {
         "retain_vqa": "questions about everybody else",
-        "realworld_vqa": "questions about strangers' visible features",
+        "realworld_vqa": "other questions (Real-world VQA)",
         "forget_visible_vqa": "questions about what anybody can see on photos of the forgotten people",
     }
     changes = [(name, _change_in_words(metrics, column)) for column, name in names.items()]

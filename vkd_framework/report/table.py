@@ -27,7 +27,12 @@ COLUMNS = (
     Column("retain_vqa", "Retain VQA", f"Everybody else, on {UNSEEN} that unlearning never saw."),
     Column("forget_qa", "Forget QA", "The forgotten people, asked in text without a photo."),
     Column("retain_qa", "Retain QA", "Everybody else, asked in text without a photo."),
-    Column("realworld_vqa", "Real-world VQA", "What anybody can see, on photos of strangers."),
+    Column(
+        "realworld_vqa",
+        "Real-world VQA",
+        "What should stay beside that: what anybody can see on photos of strangers or of those who "
+        "are kept, or who celebrities are, as the data has it.",
+    ),
     Column("forget_visible_vqa", "Forget visible VQA", "What anybody can see, on photos of the forgotten people."),
 )
 
@@ -43,7 +48,11 @@ MODEL_MEANINGS = {
 }
 
 MEASURES = (
-    ("Exact match", "share of greedy answers that equal the expected one, with its 95 % interval"),
+    (
+        "Exact match",
+        "share of greedy answers that equal the expected one, or mention its keywords where it has some, with its 95 % "
+        "interval",
+    ),
     ("Choice accuracy", "share of choices that are right; among four options, guessing scores 25 %"),
     ("ROUGE-L", "overlap of the greedy answer with the expected one, 0 to 1"),
     ("Answer probability", "probability the model gives to the expected answer, 0 to 1"),

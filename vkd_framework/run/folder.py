@@ -99,6 +99,4 @@ def check_data(folder: Path, stages: Stages, splits: Splits) -> None:
     """
     now = content_digest(splits)
     if stages.run("data", lambda: now) != now:
-        raise DataError(
-            f"{folder}: the data changed since this run began; put them back, or start anew in another --out"
-        )
+        raise DataError(f"{folder}: the data changed since this began; put them back, or start anew in another --out")
