@@ -133,8 +133,28 @@ def test_letters_of_options_and_letters_within_words_tell_no_answer(splits: Spli
     asked = splits.columns["test_vqa"][0]
     known = [replace(pair, question="Is this known? A: yes B: no", answer="A") for pair in splits.forget]
     for answer, told in (("A", False), ("no", True), ("now", False), ("is", True)):
-        shown = in_context.with_examples(replace(asked, answer=answer), known, 1, seed=0)
+        options = ("A", "B") if answer == "A" else ()
+        shown = in_context.with_examples(replace(asked, answer=answer, options=options), known, 1, seed=0)
         assert (shown is None) == told, answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "told"),
+    [
+        ("他叫王小明", "王小明", True),
+        ("田中太郎です", "田中太郎", True),
+        ("She has 7 cats", "7", True),
+        ("She has 17 cats", "7", False),
+        ("Она живёт в Омске", "Омск", False),
+        ("Она из города Омск.", "Омск", True),
+    ],
+)
+def test_an_answer_is_told_by_its_words_in_scripts_with_and_without_blanks(
+    splits: Splits, text: str, answer: str, told: bool
+) -> None:
+    asked = replace(splits.columns["test_vqa"][0], answer=answer, options=())
+    known = [replace(pair, question=text, answer="?") for pair in splits.forget]
+    assert (in_context.with_examples(asked, known, 1, seed=0) is None) == told
 
 
 def test_examples_repeat_a_topic_where_there_are_no_others(splits: Splits) -> None:

@@ -181,6 +181,9 @@ def test_of_wrong_answers_only_the_probability_is_told_and_none_is_better() -> N
     assert {key: value.figure.better for key, value in found.items()} == {
         "retain_vqa_seen_wrong_answer.answer_probability": "neither"
     }
+    metrics["models"]["unlearned"]["test_vqa_paraphrased_answer"] = metrics["models"]["unlearned"]["test_vqa"]
+    reworded = [value for key, value in figures(metrics).items() if key.startswith("test_vqa_paraphrased_answer")]
+    assert len(reworded) > 1 and {value.figure.better for value in reworded} == {"neither"}
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_row_and_others_are_told_apart(tmp_path: Path) -> None:

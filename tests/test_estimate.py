@@ -27,6 +27,7 @@ from vkd_framework.layers_table import describe
 from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.recipe import Recipe
 from vkd_framework.recipe.overrides import parsed
+from vkd_framework.report.formatting import size
 from vkd_framework.run import dry_run
 from vkd_framework.types import PARTS, Part, Splits
 
@@ -195,6 +196,8 @@ def test_weights_that_wait_while_others_are_rounded_lie_in_the_computers_memory(
         found = memory.stages(make_recipe(attacks=attacks), tiny, work.sizes(tiny), tokens, process=process)
         held = {line.what: line.bytes for stage in found if stage.name == "attacks" for line in stage.lines}
         assert held.get("weights before rounding") == (4 * tiny.count(PARTS) if wait else None)
+        largest = tiny.model.get_input_embeddings().weight.numel()
+        assert held.get("the largest matrix, rounded") == (8 * largest if attacks else None)
 
 
 def test_disk_by_hand(tiny: MLLM) -> None:
@@ -392,6 +395,15 @@ def test_an_offloaded_language_model_takes_no_memory_of_a_gpu_and_the_time_to_fe
     parts = of({"offload": True, "gradient_checkpointing": True}, micro_batch=4)
     assert parts.fetched == (2 * 3 + 1 * 3 + 4 * 2) * 2 * linear
     assert of({"offload": True, "quantize": "int8"}).fetched == 3 * 2 * linear
+    assert f"in the computer's memory: {size(2 * linear)}" in text(offloaded)
+
+
+def test_teaching_holds_the_language_model_whole_however_it_is_held_later(tiny: MLLM) -> None:
+    tokens = Tokens(patches=36, tile=36, image=9, text=40, answer=2, pixels=100, photos=7)
+    recipe = make_recipe(model={"offload": True}, relearn={"scopes": ["visual"]})
+    stages = memory.stages(recipe, tiny, work.sizes(tiny), tokens)
+    weights = {stage.name: line.bytes for stage in stages for line in stage.lines if line.what == "weights"}
+    assert weights.pop("teach") == 4 * tiny.count(PARTS) > max(weights.values())
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,10 @@ def test_a_language_model_that_is_offloaded_answers_as_before_and_takes_no_devic
     batch = mllm.tokenize(splits.forget[:3])
     with torch.no_grad():
         before = mllm.model(**batch.inputs).logits
-        freeze_language_model(mllm, offload=True)
+        freeze_language_model(mllm, "cpu", offload=True)
         assert torch.equal(mllm.model(**batch.inputs).logits, before)
     layers = {f"{path}.weight" for path in mllm.language_model_layers()}
-    mllm.model.to("meta")
+    freeze_language_model(mllm, "meta", offload=True)
     assert {name for name, p in mllm.model.named_parameters() if p.device.type == "cpu"} == layers
     assert mllm.device.type == "meta"
 
@@ -104,7 +104,7 @@ def test_only_the_language_model_is_rounded_and_its_answers_stay_near(splits: Sp
     with torch.no_grad():
         before = mllm.model(**batch.inputs).logits
         visual = {name: p.clone() for name, p in mllm.parameters(("encoder", "projector")).items()}
-        freeze_language_model(mllm, int8=True)
+        freeze_language_model(mllm, "cpu", int8=True)
         after = mllm.model(**batch.inputs).logits
     assert 0 < float((after - before).norm() / before.norm()) < 0.05
     assert all(torch.equal(p, visual[name]) for name, p in mllm.parameters(("encoder", "projector")).items())
@@ -123,7 +123,7 @@ def test_the_visual_part_learns_through_a_rounded_language_model(student: MLLM, 
         relearn=LEFT_ALONE,
         attacks=[],
     )
-    freeze_language_model(student, int8=True)
+    freeze_language_model(student, "cpu", int8=True)
     before = {name: p.clone() for name, p in student.model.named_parameters()}
     unlearn(student, recipe, splits, None, resume=tmp_path / "state.pt", record=lambda _: None)
     moved = {name for name, p in student.model.named_parameters() if not torch.equal(p, before[name])}
@@ -139,7 +139,7 @@ def test_unlearning_beside_an_offloaded_language_model_takes_the_same_steps(
         simulated_attack={"head_start": 0, "horizon": [2, 3]},
     )
     other = student.copy()
-    freeze_language_model(other, offload=True)
+    freeze_language_model(other, "cpu", offload=True)
     for name, mllm in (("as it is", student), ("offloaded", other)):
         unlearn(mllm, recipe, splits, None, resume=tmp_path / f"{name}.pt", record=lambda _: None)
     assert weights(student) == weights(other)
@@ -152,7 +152,7 @@ def test_an_attacker_of_low_rank_adds_to_a_rounded_language_model(student: MLLM,
         attacks=[],
         simulated_attack={"weight": 1, "scopes": ["full"], "rank": 2, "head_start": 0},
     )
-    freeze_language_model(student, int8=True)
+    freeze_language_model(student, "cpu", int8=True)
     attacker = SimulatedAttacker(
         student,
         trainable(student, recipe.train),

@@ -417,6 +417,8 @@ def test_a_setting_of_a_recipe_that_nothing_reads_is_refused_where_it_is_written
     assert refusal(path).startswith(f"{path}: mask.density goes with mask.kind")
     path = written(tmp_path, for_methods={"ga": {"losses": {"forget_output": {"beta": 0.2}}}})
     assert refusal(path, "method=ga").startswith(f"{path}: for_methods.ga: losses.forget_output.beta goes with")
+    path = written(tmp_path, prune={"share": 0.1})
+    assert refusal(path).startswith(f"{path}: prune.share goes with procedure: prune")
     path = written(tmp_path, for_methods={"manu": {"unlearn": {"steps": 3}}})
     assert refusal(path, "method=manu").startswith(f"{path}: for_methods.manu: unlearn.steps goes with procedure: tune")
 
@@ -432,6 +434,10 @@ READ: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         (),
     ),
     "a rank of one attack among others": ({"relearn": {"scopes": ["visual", "low_rank"], "rank": 4}}, ()),
+    "an attack in turns that counts in every step": (
+        {"unlearn": {"checkpoint_every": 1}, "simulated_attack": {"turns": True, "head_start": 0}},
+        (),
+    ),
     "what a method has itself": ({"method": "vkd_paper"}, ("losses.forget_output.form=npo", "mask.kind=none")),
     "a default that is spelt out": ({"mask": {"density": None}}, ("losses.forget_output.beta=0.4",)),
     "layers of another model for a method without features": ({}, ("method=ga", "layers=[vision.2]")),

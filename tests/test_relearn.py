@@ -69,7 +69,7 @@ def test_an_attack_of_low_rank_tunes_what_it_adds_to_the_language_model(
     made: list[LowRank] = []
     both = LowRank.both
     monkeypatch.setattr(LowRank, "both", lambda self: made.append(self) or both(self))
-    freeze_language_model(student, **held)
+    freeze_language_model(student, "cpu", **held)
     text = splits.columns["retain_qa"][:2]
     config = RelearnConfig(scopes=("low_rank",), rank=4, steps=(1, 3), batch_size=2, learning_rate=1e-2)
     relearn(student, "low_rank", text, text, config, SHORT, seed=7, what="attack")

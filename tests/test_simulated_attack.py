@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import changed, weights
+from conftest import changed, make_recipe, weights
 from transformers.pytorch_utils import Conv1D
 
 from vkd_framework.batches import Batches
@@ -12,6 +12,7 @@ from vkd_framework.errors import RecipeError
 from vkd_framework.losses import answer_cross_entropy
 from vkd_framework.plugins import MLLM, trainable
 from vkd_framework.recipe import SimulatedAttack
+from vkd_framework.run.checks import check_language_model
 from vkd_framework.simulated_attack import SimulatedAttacker
 from vkd_framework.types import SCOPES, EncodedBatch, Scope, Splits
 
@@ -181,3 +182,13 @@ def test_a_language_model_to_which_nothing_can_be_added_is_told(student: MLLM, s
     attacker = attacker_of(student, splits, scopes=["full"], rank=2)
     with pytest.raises(RecipeError, match=r"no linear layer .* simulated_attack\.rank to null"):
         attacker.add_gradient(0, 1.0)
+    visual: dict[str, Any] = {"relearn": {"scopes": ["visual"]}, "attacks": []}
+    for settings, what in (
+        ({"relearn": {"scopes": ["low_rank"]}}, r"relearn\.scopes: low_rank"),
+        ({**visual, "model": {"offload": True}}, r"model\.offload: true"),
+        ({**visual, "model": {"quantize": "int8"}}, r"model\.quantize: int8"),
+        ({"simulated_attack": {"weight": 1, "rank": 4}}, r"simulated_attack\.rank: 4"),
+    ):
+        with pytest.raises(RecipeError, match=f"{what} needs linear layers in the language model"):
+            check_language_model(make_recipe(**settings), student)
+    check_language_model(make_recipe(**visual), student)

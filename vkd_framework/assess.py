@@ -22,10 +22,12 @@ from vkd_framework.machine import environment
 from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe, is_tiny, load_recipe
-from vkd_framework.run.folder import check_data
+from vkd_framework.run.folder import check_data, held
 from vkd_framework.run.measurements import TAUGHT, Measurements
 from vkd_framework.verdict import verdict
 
+LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""What the files end with that a model and its processor are loaded from."""
 UNLEARNED = "unlearned"
 """The place that the checkpoint takes among a run's models, so that its figures have the same names."""
 
@@ -152,9 +154,13 @@ def _assessment(
     relearn.attackers(recipe.relearn, splits)
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="vkd-") as folder:
         assessment = Assessment(recipe, adapter, splits, Path(folder), model=source, alone=alone, kept=out is not None)
-        if assessment.kept:
+        if out is None:
+            yield assessment
+            return
+        ranks.once(lambda: out.mkdir(parents=True, exist_ok=True))
+        with held(out):
             assessment.begin()
-        yield assessment
+            yield assessment
 
 
 def _taken(out: Path, adds: str, recipe: Recipe) -> bool:
@@ -163,15 +169,16 @@ def _taken(out: Path, adds: str, recipe: Recipe) -> bool:
         return out.exists()
     found = {path.name for path in out.iterdir()}
     other = RELEARNED if adds == EVALUATED else EVALUATED
-    if found - {other, "recipe.yaml", "environment.json"} != {"checkpoints"} or "recipe.yaml" not in found:
+    if "recipe.yaml" not in found or found - {other, "recipe.yaml", "environment.json", "checkpoints"}:
         return bool(found)
     return (out / "recipe.yaml").read_text(encoding="utf-8") != recipe.to_yaml()
 
 
 def _files(source: str) -> list[list[Any]]:
-    """Name, size and time of a folder's files; none of a hub id."""
-    files = sorted(Path(source).rglob("*")) if os.path.isdir(source) else []
-    return [[str(file), (about := file.stat()).st_size, about.st_mtime_ns] for file in files if file.is_file()]
+    """Name, size and time of what a folder's model is loaded from; nothing of a hub id."""
+    files = sorted(Path(source).iterdir()) if os.path.isdir(source) else []
+    read = [file for file in files if file.suffix in LOADED and file.is_file()]
+    return [[file.name, (about := file.stat()).st_size, about.st_mtime_ns] for file in read]
 
 
 def _checkpoint(model: str, adapter: Adapter) -> str:

@@ -26,15 +26,16 @@ LEVELS = 127
 class FrozenLinear(nn.Linear):
     """A linear layer whose weight `[O, I]` is held as int8 with a `scale` `[O]` in float32, or as it was, without one.
 
-    `offload`: wherever the layer goes, its weight stays where it is, and visits its input's device.
+    `offload`: wherever the layer goes, its weight stays where it is, and visits its input's device. `pin`: it is put
+    where a GPU fetches it faster.
     """
 
     scale: Tensor | None
 
-    def __init__(self, layer: nn.Linear, *, int8: bool = False, offload: bool = False) -> None:
+    def __init__(self, layer: nn.Linear, *, int8: bool = False, offload: bool = False, pin: bool = False) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         weight, scale = _rounded(layer.weight.detach()) if int8 else (layer.weight.detach(), None)
-        if offload and torch.cuda.is_available():
+        if pin:
             weight = weight.pin_memory()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
@@ -71,15 +72,19 @@ class _Product(torch.autograd.Function):
         return gradients[0] @ _used(weight, scale, gradients[0]), None, None, None
 
 
-def freeze_language_model(mllm: MLLM, *, int8: bool = False, offload: bool = False) -> None:
-    """Hold the linear layers of the language model so, in place; embeddings and the output layer stay as they are.
+def freeze_language_model(mllm: MLLM, device: str, *, int8: bool = False, offload: bool = False) -> None:
+    """Hold the linear layers of the language model so, in place, and move the model to `device`.
 
-    Before the model goes to a GPU: an offloaded weight stays where it is now.
+    Embeddings and the output layer stay as they are; an offloaded weight stays where it is now.
     """
-    for path, layer in mllm.language_model_layers().items():
+    pin = offload and device.startswith("cuda")
+    for path in list(mllm.language_model_layers()):  # by name: a layer that is replaced is to go at once
+        parent, _, name = path.rpartition(".")
+        layer = mllm.model.get_submodule(path)
         if type(layer) is nn.Linear:
-            parent, _, name = path.rpartition(".")
-            setattr(mllm.model.get_submodule(parent), name, FrozenLinear(layer, int8=int8, offload=offload))
+            frozen = FrozenLinear(layer, int8=int8, offload=offload, pin=pin)
+            setattr(mllm.model.get_submodule(parent), name, frozen)
+    mllm.model.to(device)
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,16 +101,14 @@ def inspect_recipe(reference: str, overrides: Sequence[str] = (), model: str | N
         )
     adapter = load_adapter(recipe.adapter)
     describe(recipe.model.source, adapter)
-    import torch
-
     from vkd_framework import data
     from vkd_framework.probe import RULE, probe
-    from vkd_framework.vanilla import device_of, starting_model
+    from vkd_framework.vanilla import device_of, load, starting_model
 
     device = device_of(recipe)
     splits = data.load(recipe.data)
     source = starting_model(adapter, recipe, splits, device)
-    mllm = adapter.load(source, getattr(torch, recipe.model.dtype), device)
+    mllm = load(adapter, recipe.model, source, device)
     found = probe(mllm, splits, pairs=recipe.mask.pairs, seed=recipe.seed)
     shown = rows(mllm)
     for layer in shown["layers"]:

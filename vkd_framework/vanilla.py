@@ -20,9 +20,10 @@ from vkd_framework import ranks
 from vkd_framework.cache import cache_folder, hash_of_sources
 from vkd_framework.checkpoint import atomic_folder, locked, read_json, write_json
 from vkd_framework.errors import RecipeError
+from vkd_framework.frozen import freeze_language_model
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.progress import say
-from vkd_framework.recipe import CelebsData, Recipe, digest, is_tiny
+from vkd_framework.recipe import CelebsData, ModelConfig, Recipe, digest, is_tiny
 from vkd_framework.teach import teach
 from vkd_framework.types import ImageQuestionPair, Splits
 
@@ -104,6 +105,17 @@ def device_of(recipe: Recipe) -> str:
             f"torch sees {torch.cuda.device_count()}; use auto, and launch no more processes than GPUs"
         )
     return f"cuda:{ranks.local()}"
+
+
+def load(adapter: Adapter, config: ModelConfig, source: str, device: str) -> MLLM:
+    """The model of `source`, frozen, and held and asked as the recipe wants it."""
+    mllm = adapter.load(source, getattr(torch, config.dtype), "cpu" if config.frozen_language_model else device)
+    if config.frozen_language_model:
+        freeze_language_model(mllm, device, int8=config.quantize == "int8", offload=config.offload)
+    mllm.model.requires_grad_(False)
+    if config.attention is not None:
+        attend(mllm, config.attention)
+    return mllm
 
 
 def attend(mllm: MLLM, how: str) -> None:

@@ -19,6 +19,9 @@ from vkd_framework.errors import on_one_line
 from vkd_framework.recipe import InContextAttack
 from vkd_framework.types import ImageQuestionPair
 
+SPACED = r"[0-9A-Za-z\u00c0-\u06ff]"
+"""Digits, and letters of scripts with blanks between words: from Latin to Arabic."""
+
 
 def attack(config: InContextAttack, target: Target) -> dict[str, Any]:
     """Exact match of Test VQA with examples in front of each question that has enough of them."""
@@ -50,7 +53,7 @@ def with_examples(
         if example.subject == pair.subject
         and len(example.photos) == 1
         and example.photo_keys[0] not in pair.photo_keys
-        and not _tells(f"{example.question} {example.answer}", pair.answer)
+        and not _tells(f"{example.question} {example.answer}", pair)
     ]
     random.Random(f"{seed}/{pair.id}").shuffle(usable)
     by_answer: dict[str, list[ImageQuestionPair]] = defaultdict(list)
@@ -76,7 +79,11 @@ def with_examples(
     )
 
 
-def _tells(text: str, answer: str) -> bool:
+def _tells(text: str, pair: ImageQuestionPair) -> bool:
     """Whether `text` has the answer's words in it. The letter of an option tells nothing: it is another one's too."""
-    words = normalise(answer)
-    return len(words) > 1 and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", normalise(text)) is not None
+    if pair.options and all(len(normalise(option)) == 1 for option in pair.options):
+        return False
+    words = normalise(pair.answer)
+    before = f"(?<!{SPACED})" if re.match(SPACED, words[:1]) else ""
+    after = f"(?!{SPACED})" if re.match(SPACED, words[-1:]) else ""
+    return re.search(before + re.escape(words) + after, normalise(text)) is not None

@@ -53,8 +53,7 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
 
     The grid's step is the channel's largest magnitude over `2^(bits - 1) - 1`; ties go to the even level.
     """
-    rows = weight.detach().float().flatten(1)
-    step = rows.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
-    levels = torch.round(rows / step.clamp(min=torch.finfo(torch.float32).tiny))
-    rounded: Tensor = (levels * step).view(weight.shape).to(weight.dtype)
-    return rounded
+    rows = weight.detach().to(torch.float32, copy=True).flatten(1)
+    step = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    rows.div_(step.clamp(min=torch.finfo(torch.float32).tiny)).round_().mul_(step)
+    return rows.view(weight.shape).to(weight.dtype)

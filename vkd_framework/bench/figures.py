@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vkd_framework.answers import WRONG
+from vkd_framework.answers import REWORDED, WRONG
 from vkd_framework.intervals import wilson
 from vkd_framework.report.attack import SCOPES
 from vkd_framework.report.formatting import is_number
@@ -99,7 +99,8 @@ def _columns(metrics: Mapping[str, Any], model: str) -> list[Value]:
             if not is_number(cell.get(measure)) or (wrong and measure != "answer_probability"):
                 continue
             bounds = cell.get("interval_95") if measure == "exact_match" else None
-            better: Better = "neither" if wrong else "lower" if identity else "higher"
+            reworded = column.endswith(REWORDED)
+            better: Better = "neither" if wrong or reworded else "lower" if identity else "higher"
             figure = Figure(f"{column}.{measure}", f"{label}, {name}", "share", better)
             found.append(Value(figure, cell[measure], (bounds[0], bounds[1]) if bounds else None))
     return found

@@ -30,13 +30,18 @@ class Estimate:
     passes: tuple[Pass, ...]
     stages: tuple[Stage, ...]
     disk: tuple[Line, ...]
-    fetched: float = 0.0
-    """Bytes of an offloaded language model that come to the GPU in one step."""
+    offloaded: int = 0
+    """Bytes of a language model in the computer's memory, beside a GPU."""
 
     @property
     def step_flops(self) -> float:
         """Operations of one step of unlearning; 0 for methods without steps."""
         return work.step_flops(self.size, self.tokens, self.passes)
+
+    @property
+    def fetched(self) -> float:
+        """Bytes of an offloaded language model that come to the GPU in one step."""
+        return work.fetches(self.passes) * self.offloaded
 
     @property
     def step_seconds(self) -> float:
@@ -54,6 +59,5 @@ def estimate(recipe: Recipe, anatomy: Anatomy, found: Tokens, rate: Rate, *, pro
     size = work.sizes(anatomy)
     stages = memory.stages(recipe, anatomy, size, found, process=process)
     disk = memory.disk(recipe, anatomy, size, found)
-    run = tuple(work.passes(recipe))
-    fetched = work.fetches(run) * memory.frozen_bytes(recipe, size) if recipe.model.offload and not process else 0.0
-    return Estimate(recipe, size, found, rate, run, tuple(stages), tuple(disk), fetched)
+    offloaded = memory.frozen_bytes(recipe, size) if recipe.model.offload and not process else 0
+    return Estimate(recipe, size, found, rate, tuple(work.passes(recipe)), tuple(stages), tuple(disk), offloaded)

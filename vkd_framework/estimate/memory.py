@@ -54,10 +54,12 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     each = BYTES[recipe.model.dtype]
     count = {part: anatomy.count([part]) for part in PARTS}
     total = sum(count.values())
-    held = [_weights(recipe, total, size, each, beside_gpu=not process)]
+    beside: list[Line] = []
     if process:
         encoded = min(encodings.LIMIT // 2, tokens.photos * tokens.pixels * 4)
-        held += [Line("the program", process, "before anything is loaded"), Line("encoded photos", encoded, "kept")]
+        beside += [Line("the program", process, "before anything is loaded"), Line("encoded photos", encoded, "kept")]
+    whole = [Line("weights", total * each, f"{total:,} x {each}"), *beside]
+    held = [_weights(recipe, total, size, each, beside_gpu=not process), *beside]
 
     def trained(parts: Sequence[Part]) -> int:
         return sum(count[part] for part in parts)
@@ -76,7 +78,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         return Stage(
             name,
             (
-                *held,
+                *(whole if name == "teach" else held),
                 *more,
                 Line("gradients", n * each, f"{n:,} x {each}"),
                 _optimiser(n, each, masters),
@@ -96,9 +98,12 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
         found.append(Stage("unlearn", (*held, *_unlearning(recipe, count, size, tokens, anatomy, process > 0))))
     one = Pass("evaluate", recipe.evaluate.batch_size, True, ())
     found.append(Stage("evaluate", (*held, *_pass_lines(one, size, tokens, each))))
-    if process and any(attack.kind == "quantize" for attack in recipe.attacks):
-        kept = Line("weights before rounding", total * each, f"{total:,} x {each}")
-        found.append(Stage("attacks", (*held, kept, *_pass_lines(one, size, tokens, each))))
+    if any(attack.kind == "quantize" for attack in recipe.attacks):
+        largest = size.vocabulary * size.hidden
+        rounds = [Line("the largest matrix, rounded", largest * (each + 4), f"{largest:,} x {each + 4}")]
+        if process:
+            rounds.append(Line("weights before rounding", total * each, f"{total:,} x {each}"))
+        found.append(Stage("attacks", (*held, *rounds, *_pass_lines(one, size, tokens, each))))
     for scope in recipe.relearn.scopes:
         n = trained(SCOPES[scope])
         added = recipe.relearn.rank * sum(size.channels) if scope == "low_rank" else 0
@@ -157,7 +162,7 @@ def _weights(recipe: Recipe, total: int, size: Sizes, each: int, *, beside_gpu: 
         return Line("weights", total * each, f"{total:,} x {each}")
     frozen = size.matrices["language_model"]
     rest, held = (total - frozen) * each, frozen_bytes(recipe, size)
-    how = f"{total - frozen:,} x {each} + {frozen:,} x {held // frozen}"
+    how = f"{total - frozen:,} x {each} + {frozen:,} x {each if recipe.model.quantize is None else 1}"
     if recipe.model.offload and beside_gpu:
         return Line("weights", rest, f"{how}, the latter in the computer's memory")
     return Line("weights", rest + held, how)

@@ -43,6 +43,11 @@ def text(found: Estimate, *, limit: float | None = None, changes: Sequence[Chang
     ]
     others = [f"{stage.name} {size(stage.bytes)}" for stage in found.stages if stage is not peak]
     lines.append(f"         other stages: {'; '.join(others)}")
+    if found.offloaded:
+        lines.append(
+            f"         the language model in the computer's memory: {size(found.offloaded)}, up to twice that as it is "
+            "pinned, for each process"
+        )
     lines.append(f"disk     about {size(sum(line.bytes for line in found.disk))}")
     lines += [
         f"         {line.what:<22}{size(line.bytes) if line.bytes else '?':>10}  {line.how}"

@@ -67,6 +67,17 @@ class Anatomy:
             )
         return by_name[name]
 
+    def language_model_layers(self) -> dict[str, nn.Linear]:
+        """Path -> linear layer of the language model, the output layer left out."""
+        from torch import nn
+
+        names, head = set(self.parts["language_model"]), self.model.get_output_embeddings()
+        return {
+            path: module
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and f"{path}.weight" in names and module is not head
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class MLLM(Anatomy):
@@ -84,17 +95,6 @@ class MLLM(Anatomy):
         """Where the model is."""
         device: torch.device = self.model.device
         return device
-
-    def language_model_layers(self) -> dict[str, nn.Linear]:
-        """Path -> linear layer of the language model, the output layer left out."""
-        from torch import nn
-
-        names, head = set(self.parts["language_model"]), self.model.get_output_embeddings()
-        return {
-            path: module
-            for path, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and f"{path}.weight" in names and module is not head
-        }
 
     def tokenize(
         self, pairs: Sequence[ImageQuestionPair], *, with_answer: bool = True, padding_side: str = "right"

@@ -1,7 +1,7 @@
 """Settings that were given although the kind, form or weight beside them reads none of them: they would change nothing.
 
 Which goes with which stands in the types of the sections, as `ReadWith` and as what `Section` says of a `weight`.
-The body of a recipe is written for every method, so what its own procedure leaves unread there is no mistake.
+The body of a recipe says how to tune for every method, so that its own does not tune makes no mistake of that.
 `layers` is not among them: a recipe's layers are looked up in its model for every method, so that a recipe for another
 model has to give them, whoever reads them then.
 """
@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-from vkd_framework.recipe.sections import ReadWith, Section
+from vkd_framework.recipe.sections import TUNING, ReadWith, Section
 from vkd_framework.recipe.whole import Recipe
 
-PROCEDURE = "procedure"
 Given = Sequence[tuple[str, Mapping[str, Any]]]
 """Where settings are from, and the settings as sections."""
 
@@ -34,7 +33,7 @@ def unread(recipe: Recipe, body: Given, levels: Sequence[Given]) -> dict[str, st
             continue
         deciding = max(
             (at for at, level in enumerate(levels) if any(_has(tree, decider) for _, tree in level)),
-            default=int(decider == PROCEDURE),
+            default=int((decider, values) == (TUNING.key, TUNING.values)),
         )
         for where, tree in (one for level in levels[deciding:] for one in level):
             if _has(tree, key) and _value(recipe, key) != _default(recipe, key):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -135,7 +136,7 @@ class Recipe(Section):
 
     def _terms_fit(self) -> None:
         attack = self.simulated_attack
-        his = self.unlearn.checkpoint_every // (2 if attack.turns else 1)
+        his = math.ceil(self.unlearn.checkpoint_every / (2 if attack.turns else 1))
         if attack.weight and attack.head_start >= his:
             raise ValueError(
                 f"simulated_attack.head_start: an attack also ends at every checkpoint, after {his} of his, so "

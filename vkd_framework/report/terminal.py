@@ -44,22 +44,22 @@ def relearn_table(block: Mapping[str, Any]) -> str:
     table: Sequence[Mapping[str, Any]] = block["advantage_by_step"]
     steps = table[0]["steps"]
     before = {curve["model"]: curve["exact_match"][0] for curve in block["curves"]}
-    lines = [f"{'Test VQA after steps of attack, per cent':58}" + "".join(f"{step:>8}" for step in (0, *steps))]
+    lines = [f"{'Test VQA after steps of attack, per cent':62}" + "".join(f"{step:>8}" for step in (0, *steps))]
     for row in table:
         what = f"{row['scope']}, {POOLS.get(row['pool'], row['pool'])}, {100 * row['share']:g} %"
         for model in ("unlearned", "retain_only"):
             if row[model] is not None:
-                lines.append(_line(f"{what:44}{MODELS[model]}", [before[model], *row[model]]))
+                lines.append(_line(f"{what:48}{MODELS[model]}", [before[model], *row[model]]))
                 what = ""
         if row["advantage"] is not None:
-            lines.append(_line(f"{'':44}Advantage", [None, *row["advantage"]], signed=True))
+            lines.append(_line(f"{'':48}Advantage", [None, *row["advantage"]], signed=True))
     figures = [f"{figure.name}: {_plain(figure.value)}" for figure in attack_figures({"relearn": block})]
     return "\n".join([*lines, "", *figures])
 
 
 def _line(start: str, values: Sequence[float | None], *, signed: bool = False) -> str:
     shown = [_signed(value) if signed else _plain(percent(value)).removesuffix(" %") for value in values]
-    return (f"{start:58}" + "".join(f"{text:>8}" for text in shown)).rstrip()
+    return (f"{start:62}" + "".join(f"{text:>8}" for text in shown)).rstrip()
 
 
 def _signed(value: float | None) -> str:

@@ -34,6 +34,7 @@ def check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
                     f"{where}: {name} does not reach the language model, distilling it changes no answer; "
                     "see `vkd inspect-layers`"
                 )
+    check_language_model(recipe, anatomy)
     teacher = recipe.teacher
     if teacher.kind == "external":
         external.check(teacher)
@@ -41,3 +42,19 @@ def check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
         describe(teacher.source, adapter)
     device_of(recipe)
     return anatomy
+
+
+def check_language_model(recipe: Recipe, anatomy: Anatomy) -> None:
+    """Raise RecipeError where the recipe wants linear layers of a language model that has none."""
+    attack = recipe.simulated_attack
+    needed = {
+        "model.offload: true": recipe.model.offload,
+        "model.quantize: int8": recipe.model.quantize is not None,
+        "relearn.scopes: low_rank": "low_rank" in recipe.relearn.scopes,
+        f"simulated_attack.rank: {attack.rank}": attack.weight > 0
+        and attack.rank is not None
+        and "full" in attack.scopes
+        and "language_model" not in recipe.train,
+    }
+    if (asked := [what for what, wanted in needed.items() if wanted]) and not anatomy.language_model_layers():
+        raise RecipeError(f"{asked[0]} needs linear layers in the language model, and this one has none; leave it out")

@@ -16,14 +16,13 @@ from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages
 from vkd_framework.evaluate import evaluate
-from vkd_framework.frozen import freeze_language_model
 from vkd_framework.layers_table import source_hash
 from vkd_framework.machine import environment, peak_memory
 from vkd_framework.plugins import MLLM, Adapter, installed_adapters
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe, digest
 from vkd_framework.types import AttackCurve, Splits
-from vkd_framework.vanilla import attend, device_of, starting_model
+from vkd_framework.vanilla import device_of, load, starting_model
 
 TAUGHT = "taught"
 UNMEASURED = ("name", "description", "method", "seed", "teach", "reference", "layers", "unlearn")
@@ -51,15 +50,7 @@ class Measurements:
 
     def load(self, source: str) -> MLLM:
         """A model as the recipe wants it held, frozen."""
-        config = self.recipe.model
-        mllm = self.load_as_it_is(source, "cpu" if config.frozen_language_model else self.device)
-        if config.frozen_language_model:
-            freeze_language_model(mllm, int8=config.quantize == "int8", offload=config.offload)
-            mllm.model.to(self.device)
-        mllm.model.requires_grad_(False)
-        if config.attention is not None:
-            attend(mllm, config.attention)
-        return mllm
+        return load(self.adapter, self.recipe.model, source, self.device)
 
     def load_as_it_is(self, source: str, device: str) -> MLLM:
         """A model as it was saved, in the recipe's dtype."""

@@ -264,7 +264,8 @@ class Run(Measurements):
         return self._retain_only() if source == "retain_only" else source
 
     def _record(self, history: History) -> None:
-        self.stages.count("unlearn")
+        if 0 < len(history) < self.recipe.unlearn.steps:  # a state to go on from was saved
+            self.stages.count("unlearn")
         write_text(self.folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
 
     def _witness_pairs(self) -> list[ImageQuestionPair]:
