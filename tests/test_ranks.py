@@ -219,7 +219,10 @@ SMALL = {
     "mask": {"kind": "ratio", "density": 0.5, "pairs": 20},
     "unlearn": {"steps": 30, "warmup": 0, "forget_batch": 3, "retain_batch": 5, "checkpoint_every": 5},
     "evaluate": {"batch_size": 16, "max_new_tokens": 4},
-    "relearn": {"shares": [1.0], "steps": [1, 2], "batch_size": 3, "photos": ["known"], "scopes": ["full"]},
+    "relearn": {
+        **{"shares": [1.0], "steps": [1, 2], "photos": ["known"], "scopes": ["full", "low_rank"]},
+        **{"batch_size": 3, "micro_batch": 1},
+    },
     "attacks": [{"kind": "membership"}, {"kind": "quantize"}],
 }
 
