@@ -299,7 +299,8 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line_before_the_weights_ta
     ],
 )
 def test_a_dry_run_says_what_a_method_would_change(name: str, said: tuple[str, ...]) -> None:
-    plan = dry_run("qwen2vl_celeb", (f"method={name}",)).partition("\n\n")[2]
+    few = ("data.people=8", "data.forget=2", "data.strangers=4", "data.extras=4")
+    plan = dry_run("qwen2vl_celeb", (f"method={name}", *few)).partition("\n\n")[2]
     assert all(part in plan for part in (*said, METHODS[name].summary)), plan
 
 

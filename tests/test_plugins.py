@@ -456,10 +456,14 @@ def test_a_preset_is_described_beside_an_adapter_that_misbehaves(tmp_path: Path,
     assert "adapter qwen_vl" in done.stdout
 
 
+FEW = ("--set", "data.people=8", "--set", "data.forget=2", "--set", "data.strangers=4", "--set", "data.extras=4")
+"""A cast that is drawn soon."""
+
+
 def test_a_dry_run_never_imports_another_adapter(tmp_path: Path) -> None:
     mark = tmp_path / "imported"
     install(tmp_path, "vkd-odd", "odd_vkd", f"open({str(mark)!r}, 'w')\nraise SystemExit(1)", ("aaa",))
-    done = vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run")
+    done = vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run", *FEW)
     assert done.exit_code == 0, done.output
     unknown = vkd(
         tmp_path, "run", "qwen2vl_celeb", "--dry-run", "--set", "teach=null", "--set", "reference=none", "--set",
@@ -513,7 +517,7 @@ def test_of_two_adapters_that_offer_a_preset_neither_wins_without_being_chosen(t
     assert f"preset {PRESET} is offered by several adapters" in line
     assert "(vkd-framework " in line and "(vkd-rival 1.0)" in line and "--adapter" in line
     assert "adapter qwen_vl," in vkd(tmp_path, "inspect-layers", PRESET, "--adapter", "qwen_vl").stdout
-    assert vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run").exit_code == 0
+    assert vkd(tmp_path, "run", "qwen2vl_celeb", "--dry-run", *FEW).exit_code == 0
 
 
 def test_a_preset_is_described_by_the_adapter_that_offers_it_although_another_serves_its_type(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def apart_of_way(
     return length(first, second) / length(first, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_and_one_unlearn_the_same_however_batches_divide(both: Any, name: str) -> None:
     one, two, _ = both
@@ -104,6 +105,7 @@ def test_two_processes_and_one_unlearn_the_same_however_batches_divide(both: Any
             assert shared[key] == pytest.approx(alone[key], rel=1e-4, abs=2e-6), key
 
 
+@pytest.mark.slow
 def test_all_processes_hold_the_same_weights_bit_for_bit(both: Any) -> None:
     _, two, _ = both
     for name in RECIPES:
@@ -112,11 +114,13 @@ def test_all_processes_hold_the_same_weights_bit_for_bit(both: Any) -> None:
     assert apart(two[0]["taught"], two[1]["taught"]) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_teach_what_one_teaches(both: Any) -> None:
     one, two, _ = both
     assert apart(one["taught"], two[0]["taught"]) < 1e-3
 
 
+@pytest.mark.slow
 def test_saliency_is_the_sum_over_all_batches_and_the_mask_the_same(both: Any) -> None:
     one, two, _ = both
     for name, score in one["saliency"]["scores"].items():
@@ -128,6 +132,7 @@ def test_saliency_is_the_sum_over_all_batches_and_the_mask_the_same(both: Any) -
         assert apart(two[0]["saliency"][kind], two[1]["saliency"][kind]) == 0
 
 
+@pytest.mark.slow
 def test_answers_and_figures_are_gathered_in_order_and_identical(both: Any) -> None:
     one, two, _ = both
     assert two[0]["answers"].keys() == one["answers"].keys()
@@ -139,11 +144,13 @@ def test_answers_and_figures_are_gathered_in_order_and_identical(both: Any) -> N
     assert two[0]["curve"] == two[1]["curve"] == one["curve"]
 
 
+@pytest.mark.slow
 def test_processes_that_were_stopped_and_went_on_end_like_others(both: Any) -> None:
     for found in both[1]:
         assert found["resumed"] == {"history": True, "weights": True}
 
 
+@pytest.mark.slow
 def test_a_stage_is_done_by_all_written_once_and_counts_the_largest_memory(both: Any) -> None:
     one, two, folder = both
     assert one["stage"] == [0, 10]

@@ -58,6 +58,7 @@ def test_the_gradient_of_a_step_is_no_longer_than_the_recipe_says(student: MLLM,
     assert torch.nn.utils.get_total_norm([g for g in gradients if g is not None]) == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_small_steps_lead_a_model_in_bfloat16_where_they_lead_one_in_float32(
     student: MLLM, splits: Splits, tmp_path: Path
 ) -> None:
