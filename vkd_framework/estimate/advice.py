@@ -184,7 +184,7 @@ CHANGES: tuple[tuple[Callable[[Recipe, str], tuple[str, ...]], str], ...] = (
     (_parts_of_batches, "the same result, in more and smaller passes"),
     (_parts_of_attacks, "the same attack, in more and smaller passes"),
     (_recomputing, "the same result, up to half again as long"),
-    (_offload, "the same result; every use of a layer of the language model waits for its weights"),
+    (_offload, "the same result; the computer's memory holds the language model, and each use of a layer waits for it"),
     (_attacker_rank, "withstands attackers of the language model who tune little of it"),
     (_attacker, "withstands attackers of the visual modules, less those who tune everything"),
     (_attacker_batch, "withstands a somewhat weaker attacker"),
