@@ -222,7 +222,7 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "an attack that takes turns and never counts": (
         {"unlearn": {"checkpoint_every": 6}, "simulated_attack": {"turns": True}},
-        ("after 3 of his, so 3 steps are never over", "unlearn.checkpoint_every (6)"),
+        ("with 3 made, so 3 steps are never over", "unlearn.checkpoint_every (6)"),
     ),
     "a seed that is a date and a time": ({"seed": 20261129153259}, ("seed", "less than 4294967296")),
     "seeds of attacks that are too large": ({"relearn": {"seeds": [0, 2**32]}}, ("relearn.seeds.1",)),

@@ -139,7 +139,7 @@ class Recipe(Section):
         his = math.ceil(self.unlearn.checkpoint_every / (2 if attack.turns else 1))
         if attack.weight and attack.head_start >= his:
             raise ValueError(
-                f"simulated_attack.head_start: an attack also ends at every checkpoint, after {his} of his, so "
+                f"simulated_attack.head_start: an attack also ends at every checkpoint, with {his} made, so "
                 f"{attack.head_start} steps are never over; make unlearn.checkpoint_every "
                 f"({self.unlearn.checkpoint_every}) larger"
             )
