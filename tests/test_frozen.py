@@ -59,7 +59,7 @@ def test_a_channel_of_zeros_stays_zero() -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_an_offloaded_weight_stays_where_it_is_and_visits_the_device_of_the_input(int8: bool) -> None:
-    layer = FrozenLinear(nn.Linear(24, 16), int8=int8, offload=True).to("meta")
+    layer = FrozenLinear(nn.Linear(24, 16), int8=int8, stays=True).to("meta")
     assert (layer.weight.device.type, layer.bias.device.type) == ("cpu", "meta")
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
     kept: list[torch.Tensor] = []
@@ -76,7 +76,7 @@ def test_an_offloaded_layer_computes_what_the_layer_did_bit_for_bit(dtype: torch
     torch.manual_seed(0)
     layer = nn.Linear(24, 16).to(dtype).requires_grad_(False)
     x, y = (torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2))
-    got, wanted = FrozenLinear(layer, offload=True)(x.requires_grad_()), layer(y.requires_grad_())
+    got, wanted = FrozenLinear(layer, stays=True)(x.requires_grad_()), layer(y.requires_grad_())
     assert torch.equal(got, wanted)
     got.square().sum().backward()
     wanted.square().sum().backward()

@@ -234,9 +234,9 @@ SMALL = {
 }
 
 
-def launched(recipe: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def launched(recipe: Path, out: Path, *options: str, how: str = "--multi_gpu") -> subprocess.Popen[str]:
     """A run by two processes, as a user starts it."""
-    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0", "-m"]
+    command = ["accelerate.commands.launch", how, "--num_processes=2", "--main_process_port=0", "-m"]
     return subprocess.Popen(
         [sys.executable, "-m", *command, "vkd_framework", "run", str(recipe), f"--out={out}", *options],
         stdout=subprocess.PIPE,
@@ -283,10 +283,54 @@ def test_a_launched_run_that_lost_a_process_goes_on_to_the_result_of_one_that_di
     assert left_over == []
 
 
+@pytest.mark.slow
+def test_processes_that_divide_a_language_model_hold_each_layer_once_in_turn_and_answer_in_their_own_time(
+    tmp_path: Path,
+) -> None:
+    divided = ended(begun(2, ["divided_worker.py", str(tmp_path)], ACCELERATE_USE_FSDP="true"))
+    assert [(end.status, end.err) for end in divided if end.status] == []
+    first, second = (torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["same"] and second["same"]
+    assert len(first["seen"]) > 10
+    assert first["seen"] == second["seen"] == [[turn % 2] for turn in range(len(first["seen"]))]
+    for found in (first, second):
+        assert found["estimated"] == found["whole"] - found["layers"] / 2
+
+
+@pytest.mark.slow
+def test_a_run_that_divides_the_language_model_ends_as_one_that_does_not(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    relearn = {**SMALL["relearn"], "scopes": ["visual", "low_rank"]}
+    recipe.write_text(yaml.safe_dump({**SMALL, "relearn": relearn, "attacks": [{"kind": "membership"}]}))
+    for how in ("--multi_gpu", "--use_fsdp"):
+        [end] = ended([launched(recipe, tmp_path / how, how=how)])
+        assert end.status == 0, end.err
+    whole, divided = (read_json(tmp_path / how / "metrics.json") for how in ("--multi_gpu", "--use_fsdp"))
+    for block in ("models", "attacks", "relearn", "proofs"):
+        assert whole[block] == divided[block]
+    models = [load_file(tmp_path / how / "model" / "model.safetensors") for how in ("--multi_gpu", "--use_fsdp")]
+    assert apart(*models) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "take full out of relearn.scopes, quantize out of attacks"),
+        (["--set", "model.offload=true", "--set", "relearn.scopes=[visual]"], "leave one of the two out"),
+    ],
+)
+def test_what_would_change_a_divided_language_model_is_refused(options: list[str], words: str) -> None:
+    command = ["-m", "vkd_framework", "run", "qwen2vl_celeb", *options]
+    lines = lines_of(ended(begun(2, command, ACCELERATE_USE_FSDP="true")))
+    assert len(lines) == 1 and words in lines[0]
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "model.offload"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "model.gradient_checkpointing"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "model.dtype"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "1"}, "--multi_gpu"),

@@ -22,6 +22,7 @@ from vkd_framework.machine import environment
 from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe, is_tiny, load_recipe
+from vkd_framework.run.checks import check_divided
 from vkd_framework.run.folder import check_data, held
 from vkd_framework.run.measurements import TAUGHT, Measurements
 from vkd_framework.verdict import verdict
@@ -150,6 +151,7 @@ def _assessment(
             f"{out}: exists already; choose another --out, or the folder where this command was stopped, or the other "
             "of `vkd evaluate` and `vkd relearn` left what it found, of the same model by the same recipe"
         )
+    check_divided(recipe)
     splits = data.load(recipe.data)
     relearn.attackers(recipe.relearn, splits)
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="vkd-") as folder:

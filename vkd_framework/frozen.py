@@ -1,10 +1,11 @@
-"""A frozen language model that takes less of a GPU's memory: in 8 bits, in the computer's memory, or both.
+"""A frozen language model that takes less of a GPU's memory: in 8 bits, in the computer's memory, on other GPUs too.
 
 Each linear layer keeps its weight as whole numbers with one scale for each output channel (half the bytes of bfloat16),
-or outside of the GPU, and makes or fetches a weight of the usual kind whenever it is used, in the backward pass too.
-What the visual modules are taught passes through it; nothing in it can be trained. Rounding to the nearest level of a
-channel is weight-only absmax quantisation, as in Dettmers et al., arXiv 2208.07339, section 2, without their treatment
-of outliers: activations stay as they are. A weight that is fetched is the weight as it was: nothing else changes.
+or outside of the GPU, or on that of one of several processes, and makes or fetches a weight of the usual kind whenever
+it is used, in the backward pass too. What the visual modules are taught passes through it; nothing in it can be
+trained. Rounding to the nearest level of a channel is weight-only absmax quantisation, as in Dettmers et al., arXiv
+2208.07339, section 2, without their treatment of outliers: activations stay as they are. A weight that is fetched is
+the weight as it was: nothing else changes.
 
 Shapes: `O` output and `I` input channels.
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vkd_framework import ranks
+from vkd_framework.divided import held_by_one
 from vkd_framework.plugins import MLLM
 
 LEVELS = 127
@@ -26,13 +29,13 @@ LEVELS = 127
 class FrozenLinear(nn.Linear):
     """A linear layer whose weight `[O, I]` is held as int8 with a `scale` `[O]` in float32, or as it was, without one.
 
-    `offload`: wherever the layer goes, its weight stays where it is, and visits its input's device. `pin`: it is put
+    `stays`: wherever the layer goes, its weight stays where it is, and visits its input's device. `pin`: it is put
     where a GPU fetches it faster.
     """
 
     scale: Tensor | None
 
-    def __init__(self, layer: nn.Linear, *, int8: bool = False, offload: bool = False, pin: bool = False) -> None:
+    def __init__(self, layer: nn.Linear, *, int8: bool = False, stays: bool = False, pin: bool = False) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         weight, scale = _rounded(layer.weight.detach()) if int8 else (layer.weight.detach(), None)
         if pin:
@@ -40,7 +43,7 @@ class FrozenLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
         self.register_buffer("scale", scale)
-        self._offload = offload
+        self._stays = stays
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, with the weight that is held."""
@@ -50,10 +53,10 @@ class FrozenLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
         """What `to` and its like do to each tensor."""
         held, to_all = self._parameters["weight"], cast(Any, super()._apply)
-        if self._offload:
+        if self._stays:
             self._parameters["weight"] = None
         to_all(fn, recurse)
-        if self._offload:
+        if self._stays:
             self._parameters["weight"] = held
         return self
 
@@ -75,14 +78,17 @@ class _Product(torch.autograd.Function):
 def freeze_language_model(mllm: MLLM, device: str, *, int8: bool = False, offload: bool = False) -> None:
     """Hold the linear layers of the language model so, in place, and move the model to `device`.
 
-    Embeddings and the output layer stay as they are; an offloaded weight stays where it is now.
+    Embeddings and the output layer stay as they are; an offloaded weight stays where it is now. Several processes that
+    divide the model hold each layer once on every machine, in turn.
     """
-    pin = offload and device.startswith("cuda")
-    for path in list(mllm.language_model_layers()):  # by name: a layer that is replaced is to go at once
+    pin, divide = offload and device.startswith("cuda"), ranks.divide()
+    for turn, path in enumerate(list(mllm.language_model_layers())):  # by name: what is replaced is to go at once
         parent, _, name = path.rpartition(".")
         layer = mllm.model.get_submodule(path)
         if type(layer) is nn.Linear:
-            frozen = FrozenLinear(layer, int8=int8, offload=offload, pin=pin)
+            frozen = FrozenLinear(layer, int8=int8, stays=offload or divide, pin=pin)
+            if divide:
+                frozen.weight = nn.Parameter(held_by_one(frozen.weight.detach(), device, turn), requires_grad=False)
             setattr(mllm.model.get_submodule(parent), name, frozen)
     mllm.model.to(device)
 

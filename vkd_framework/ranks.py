@@ -31,11 +31,17 @@ PIECE = 2**24
 LAST_WORDS = 1.0
 """Seconds for the process that failed first to say why, before another one ends and the launcher ends all."""
 UNSUPPORTED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
 """What `accelerate launch` sets when a plugin was asked for -> its name."""
+DIVIDED = "ACCELERATE_USE_FSDP"
+"""What it sets when the processes are to hold parts of the model."""
+OF_THE_RECIPE = {
+    "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", "model.offload"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("--fsdp_activation_checkpointing", "model.gradient_checkpointing"),
+}
+"""What it sets for FSDP alone and a recipe decides here -> the option, and the setting."""
 
 _rank, _size = 0, 1
 
@@ -64,6 +70,17 @@ def launched() -> int:
 def local() -> int:
     """The number of this process among those of its machine: which GPU it takes."""
     return int(os.environ.get("LOCAL_RANK", "0")) if _size > 1 else 0
+
+
+def neighbours() -> list[int]:
+    """The numbers of the processes on the machine of this one, in order; a launcher counts machine by machine."""
+    firsts = gather(_rank - local())
+    return [number for number, first in enumerate(firsts) if first == firsts[_rank]]
+
+
+def divide() -> bool:
+    """Whether the processes of a machine are to hold a frozen language model once between them."""
+    return _size > 1 and _asked(DIVIDED)
 
 
 @contextmanager
@@ -104,10 +121,16 @@ def together() -> Iterator[None]:
 def check_launcher() -> None:
     """Raise RecipeError when `accelerate launch` was asked for something that a run would not do."""
     for variable, name in UNSUPPORTED.items():
-        if os.environ.get(variable, "").lower() == "true":
+        if _asked(variable):
             raise RecipeError(
-                f"accelerate launch: {name} is not supported, every process holds the whole model; launch with "
-                "--multi_gpu and without it"
+                f"accelerate launch: {name} is not supported; launch with --multi_gpu in its place, or with --use_fsdp "
+                "to divide a frozen language model among the GPUs of a machine"
+            )
+    for variable, (option, setting) in OF_THE_RECIPE.items():
+        if _asked(DIVIDED) and _asked(variable):
+            raise RecipeError(
+                f"accelerate launch: {option} true would change nothing, the recipe decides; leave it out and give "
+                f"--set {setting}=true"
             )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("", "no"):
@@ -120,6 +143,10 @@ def check_launcher() -> None:
             "accelerate launch: --cpu starts a single process; for several without a GPU take --multi_gpu in its "
             "place, and --set model.device=cpu"
         )
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() == "true"
 
 
 def alone(command: str, instead: str) -> None:

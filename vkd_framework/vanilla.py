@@ -109,8 +109,9 @@ def device_of(recipe: Recipe) -> str:
 
 def load(adapter: Adapter, config: ModelConfig, source: str, device: str) -> MLLM:
     """The model of `source`, frozen, and held and asked as the recipe wants it."""
-    mllm = adapter.load(source, getattr(torch, config.dtype), "cpu" if config.frozen_language_model else device)
-    if config.frozen_language_model:
+    frozen = config.frozen_language_model or ranks.divide()
+    mllm = adapter.load(source, getattr(torch, config.dtype), "cpu" if frozen else device)
+    if frozen:
         freeze_language_model(mllm, device, int8=config.quantize == "int8", offload=config.offload)
     mllm.model.requires_grad_(False)
     if config.attention is not None:

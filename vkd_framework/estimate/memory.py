@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vkd_framework import encodings, shelf
+from vkd_framework import encodings, ranks, shelf
 from vkd_framework.estimate.tokens import Tokens
 from vkd_framework.estimate.work import Pass, Sizes, passes
 from vkd_framework.plugins import Anatomy
@@ -158,11 +158,15 @@ def frozen_bytes(recipe: Recipe, size: Sizes) -> int:
 
 
 def _weights(recipe: Recipe, total: int, size: Sizes, each: int, *, beside_gpu: bool) -> Line:
-    if not recipe.model.frozen_language_model:
+    divide = beside_gpu and ranks.divide()
+    if not (recipe.model.frozen_language_model or divide):
         return Line("weights", total * each, f"{total:,} x {each}")
     frozen = size.matrices["language_model"]
     rest, held = (total - frozen) * each, frozen_bytes(recipe, size)
     how = f"{total - frozen:,} x {each} + {frozen:,} x {each if recipe.model.quantize is None else 1}"
+    if divide:
+        near = len(ranks.neighbours())
+        return Line("weights", rest + held // near, f"{how}, the latter divided by {near}")
     if recipe.model.offload and beside_gpu:
         return Line("weights", rest, f"{how}, the latter in the computer's memory")
     return Line("weights", rest + held, how)

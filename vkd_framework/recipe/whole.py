@@ -117,22 +117,27 @@ class Recipe(Section):
         return self
 
     def _leaves_language_model(self) -> None:
-        simulated, rounded = self.simulated_attack, self.model.quantize is not None
+        rounded = self.model.quantize is not None
+        held = f"model.quantize: {self.model.quantize}" if rounded else "model.offload: true"
+        if wrong := self.moves_language_model(held, rounds=rounded):
+            raise ValueError(wrong)
+
+    def moves_language_model(self, held: str, *, rounds: bool) -> str | None:
+        """What is wrong when `held` leaves a language model that nothing can tune, and that `rounds` cannot either."""
+        simulated = self.simulated_attack
         tuned = {
             "language_model out of train": "language_model" in self.train,
             "full out of simulated_attack.scopes (or give it a rank)": simulated.weight > 0
             and "full" in simulated.scopes
             and simulated.rank is None,
             "full out of relearn.scopes": "full" in self.relearn.scopes,
-            "quantize out of attacks": rounded and any(attack.kind == "quantize" for attack in self.attacks),
-            "language_model out of the parts of module_restore": rounded
+            "quantize out of attacks": rounds and any(attack.kind == "quantize" for attack in self.attacks),
+            "language_model out of the parts of module_restore": rounds
             and any(attack.kind == "module_restore" and "language_model" in attack.parts for attack in self.attacks),
         }
-        if found := [mend for mend, wrong in tuned.items() if wrong]:
-            held = f"model.quantize: {self.model.quantize}" if rounded else "model.offload: true"
-            raise ValueError(
-                f"{held} holds a language model that nothing can tune{' or round' * rounded}; take {', '.join(found)}"
-            )
+        found = [mend for mend, wrong in tuned.items() if wrong]
+        what = "tune or round" if rounds else "tune"
+        return f"{held} holds a language model that nothing can {what}; take {', '.join(found)}" if found else None
 
     def _terms_fit(self) -> None:
         attack = self.simulated_attack

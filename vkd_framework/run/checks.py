@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vkd_framework import external
+from vkd_framework import external, ranks
 from vkd_framework.errors import RecipeError
 from vkd_framework.layers_table import describe
 from vkd_framework.plugins import Adapter, Anatomy, load_adapter
@@ -35,6 +35,7 @@ def check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
                     "see `vkd inspect-layers`"
                 )
     check_language_model(recipe, anatomy)
+    check_divided(recipe)
     teacher = recipe.teacher
     if teacher.kind == "external":
         external.check(teacher)
@@ -58,3 +59,16 @@ def check_language_model(recipe: Recipe, anatomy: Anatomy) -> None:
     }
     if (asked := [what for what, wanted in needed.items() if wanted]) and not anatomy.language_model_layers():
         raise RecipeError(f"{asked[0]} needs linear layers in the language model, and this one has none; leave it out")
+
+
+def check_divided(recipe: Recipe) -> None:
+    """Raise RecipeError where processes that divide the language model are to change it, or to hold it elsewhere."""
+    if not ranks.divide():
+        return
+    if recipe.model.offload:
+        raise RecipeError(
+            "model.offload: true keeps each process's language model in the computer's memory, and with FSDP the "
+            "processes divide it among their GPUs; leave one of the two out"
+        )
+    if wrong := recipe.moves_language_model("accelerate launch: FSDP", rounds=True):
+        raise RecipeError(wrong)
