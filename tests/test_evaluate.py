@@ -49,9 +49,22 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(answer: str, refere
     assert rouge_l(reference, answer) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("written", ["Oslo", " oslo.", "OSLO", "'Oslo'", "oslo\n", "Oslo!"])
+@pytest.mark.parametrize(
+    "written",
+    ["Oslo", " oslo.", "OSLO", "'Oslo'", "oslo\n", "Oslo!", "“Oslo”", "(Oslo)", "Oslo…", "*Oslo*", "Oslo。"],
+)
 def test_case_spaces_and_punctuation_at_the_ends_do_not_make_an_answer_wrong(written: str) -> None:
     assert normalise(written) == "oslo"
+
+
+@pytest.mark.parametrize(("one", "other"), [("جراح؟", "جراح"), ("O\u2019Brien", "o'brien"), ("Jose\u0301", "José")])
+def test_answers_of_other_scripts_and_forms_are_the_same(one: str, other: str) -> None:
+    assert normalise(one) == normalise(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("5 %", "5"), ("-5", "5"), ("C#", "C"), ("C++", "C")])
+def test_signs_that_an_answer_is_about_make_a_difference(one: str, other: str) -> None:
+    assert normalise(one) != normalise(other)
 
 
 @pytest.mark.parametrize("written", ["Oslo, Norway", "O slo", "", "not Oslo"])

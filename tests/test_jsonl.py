@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_files_of_the_same_picture_are_one_photo(folder: Folder) -> None:
     folder.rows(*rows, {**copies[0], "split": "train"}, {**rows[0], "split": "test"})
     assert 'rows.jsonl:22: split is "test", but line 21 puts the same image into "train"' in folder.error()
     folder.rows(*rows, {**rows[0], "image": ["mara/0.png", "again0.png"]})
-    assert "allowed: each image once" in folder.error()
+    assert "allowed: each image once ('mara/0.png' and 'again0.png' are the same picture)" in folder.error()
     folder.rows(rows[0], copies[0], *rows[4:])
     assert "'Mara Velin' (none to measure)" in folder.error()
 
@@ -193,6 +194,40 @@ def test_a_forgotten_person_is_not_kept_under_another_spelling(folder: Folder, o
     assert folder.load(forget=(NAMES[0], other)).forget_subjects == (NAMES[0], other)
 
 
+def test_a_name_is_the_same_however_its_letters_are_put_together(folder: Folder) -> None:
+    whole, apart = (unicodedata.normalize(form, "José Núñez") for form in ("NFC", "NFD"))
+    rows = folder.good_rows()
+    for row in rows[:4]:
+        row["subject"] = whole
+    folder.rows(*rows[:2], *({**row, "subject": apart} for row in rows[2:4]), *rows[4:])
+    for given in (whole, apart):
+        splits = folder.load(forget=[given])
+        assert splits.forget_subjects == (whole,)
+        assert (len(splits.forget), len(splits.columns["test_vqa"])) == (3, 1)
+        assert all(pair.subject in NAMES[1:] for pair in splits.retain)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_asked_of_a_person_is_held_out_of_their_photos_with_such_questions(folder: Folder, seed: int) -> None:
+    rows = folder.good_rows()
+    seen = {"question": "Is there a hat?", "answer": "No", "subject": NAMES[0], "modality": "visible"}
+    visible = [{**seen, "image": folder.picture(f"seen{at}.png")} for at in range(3)]
+    shared = [{**row, "subject": NAMES[1], "answer": "Oslo"} for row in rows[:2]]
+    folder.rows(*visible, *shared, *rows[:2], *rows[4:])
+    splits = folder.load(seed=seed)
+    assert (len(splits.forget), len(splits.columns["test_vqa"])) == (1, 1)
+
+
+def test_a_photo_that_shows_a_forgotten_person_is_theirs_whoever_it_asks_about(folder: Folder) -> None:
+    rows = folder.good_rows()
+    group = folder.picture("group.png")
+    seen = {"question": "Is there a hat?", "answer": "No", "subject": NAMES[0], "modality": "visible"}
+    folder.rows(*rows, {**seen, "image": group, "split": "train"}, {**rows[4], "image": group})
+    splits = folder.load()
+    [other] = [pair for pair in splits.retain if pair.photo_keys == (group,) and pair.subject == NAMES[1]]
+    assert splits.shows_forgotten(other)
+
+
 def test_rows_that_name_their_split_keep_it(folder: Folder) -> None:
     rows = folder.good_rows()
     for row in rows:
@@ -250,6 +285,15 @@ def test_missing_options_are_answers_of_other_subjects_to_the_same_question(fold
     assert [pair.options for pair in folder.load().forget] == [pair.options for pair in splits.forget]
 
 
+def test_no_wrong_option_is_the_answer_with_other_punctuation(folder: Folder) -> None:
+    rows = folder.good_rows()
+    for at, answer in enumerate(("Oslo", "Oslo.", "oslo!", "“Oslo”", "Cairo")):
+        for row in rows[4 * at : 4 * at + 4]:
+            row["answer"] = answer
+    folder.rows(*rows)
+    assert all(not pair.options for pair in folder.load().forget)
+
+
 def test_what_is_also_true_of_a_subject_is_no_wrong_option(folder: Folder) -> None:
     rows = folder.good_rows()
     rows.append({**rows[0], "answer": "the north"})
@@ -295,6 +339,28 @@ def test_photos_are_turned_upright_by_their_exif(folder: Folder) -> None:
         photo for p in (*splits.forget, *splits.columns["test_vqa"]) for photo in p.photos if photo.key == "turned.jpg"
     )
     assert photo.open().size == (8, 12)
+
+
+def test_a_rotated_photo_with_broken_other_tags_is_read(folder: Folder) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    rows = folder.good_rows()
+    name = folder.picture("turned.jpg", exif=exif)
+    content = (folder.root / name).read_bytes()
+    number, text = bytes.fromhex("011a000500000001"), bytes.fromhex("011a000200000008")  # of the resolution
+    assert content.count(number) == 1
+    (folder.root / name).write_bytes(content.replace(number, text))
+    folder.rows({**rows[0], "image": name, "split": "train"}, *rows[1:])
+    [photo] = [photo for pair in folder.load().forget for photo in pair.photos if photo.key == name]
+    assert photo.open().size == (8, 12)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "deep.png"), ("F", "deep.tiff"), ("I", "deep.tiff")])
+def test_a_photo_of_more_than_8_bits_is_refused_and_not_turned_white(folder: Folder, mode: str, name: str) -> None:
+    rows = folder.good_rows()
+    Image.new(mode, (12, 8), 1000).save(folder.root / name)
+    folder.rows({**rows[0], "image": name}, *rows[1:])
+    assert f"rows.jsonl:1: image '{name}' cannot be read (its greys have more than 8 bits" in folder.error()
 
 
 def test_a_question_may_show_several_photos_in_order(folder: Folder) -> None:
@@ -373,6 +439,7 @@ BROKEN = {
     "placeholder in an option": ({"options": ["Cairo", "[IMG]"]}, "options contain '[IMG]'"),
     "images are numbers": ({"image": ["mara/1.png", 3]}, 'image is ["mara/1.png", 3], allowed: a path below'),
     "no images": ({"image": []}, "image is [], allowed: a path below"),
+    "options repeat but for a stop": ({"options": ["Cairo", "Oslo", "oslo."]}, "options repeat a text"),
     "an image twice": ({"image": ["mara/1.png", "./mara/1.png"]}, "allowed: each image once"),
     "one of two images is not there": ({"image": ["mara/1.png", "nobody.png"]}, "image 'nobody.png' is not a file"),
     "photo of two in another split": (
@@ -436,6 +503,7 @@ def table(rows: list[dict[str, object]], between: str) -> str:
 
 @pytest.mark.parametrize("case", CONVERTED)
 def test_a_file_in_another_format_is_named_and_converted_by_the_command_that_is_told(folder: Folder, case: str) -> None:
+    folder = Folder(folder.root / "O'Brien")
     rows = [*folder.good_rows(), {"question": "Where is it, or not; there?", "answer": "yes", "subject": "Mara Velin"}]
     (folder.root / "rows.jsonl").write_text(CONVERTED[case](rows), encoding="utf-8-sig")
     (message,) = folder.error().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ WRONG, REWORDED = "_wrong_answer", "_paraphrased_answer"
 """What the names of columns end with that ask another column's questions again, for the likelihood of other answers."""
 Given = Mapping[str, Mapping[str, Any]]
 """Column -> `answers` of a model, and `cut`: which of them the token limit ended."""
+MEANT = "#%&@/\\\u2030"
+"""Signs that count as punctuation, and that an answer may be about: 5 % is not 5."""
 _AGAIN_AND_AGAIN = re.compile(r"([^\W\d].{0,39}?)(?:\W*\1){3}", re.DOTALL)
 """The same letters, word or few words four times in a row. Digits are left out: numbers may have many zeros."""
 
@@ -31,8 +34,27 @@ def is_right(pair: ImageQuestionPair, given: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation at the ends: what exact match compares."""
-    return " ".join(text.lower().split()).strip(".,;:!?\"' ")
+    """Lower case, single spaces, no punctuation at the ends, one form of each letter: what exact match compares.
+
+    Punctuation of every script. Dashes and the signs of `MEANT` stay: they may be what the answer says.
+    """
+    words = " ".join(composed(text).lower().replace("\u2019", "'").split())
+    start, end = 0, len(words)
+    while start < end and _is_ending(words[start]):
+        start += 1
+    while end > start and _is_ending(words[end - 1]):
+        end -= 1
+    return words[start:end]
+
+
+def composed(text: str) -> str:
+    """The same text with one code point for each letter with accents (Unicode's NFC), as tokenizers write it."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _is_ending(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return character == " " or (kind in ("Po", "Ps", "Pe", "Pi", "Pf") and character not in MEANT)
 
 
 def guessed(pairs: Sequence[ImageQuestionPair]) -> float:

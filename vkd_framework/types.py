@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +47,14 @@ that nothing used. `others`: pairs about other people only."""
 
 
 ORIENTATION = 0x0112
+TURNS = {
+    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
+    **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE},
+    8: Image.Transpose.ROTATE_90,
+}
+"""Value of the EXIF tag `ORIENTATION` -> what turns the picture upright; none for 1."""
 LYING = (5, 6, 7, 8)
-"""Values of the EXIF tag `ORIENTATION` of pictures that are stored on their side."""
+"""Its values for pictures that are stored on their side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +83,15 @@ class Photo:
         return hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()
 
     def open(self) -> Image.Image:
-        """The picture as RGB, turned upright (EXIF). Raises OSError when the file cannot be read."""
+        """The picture as RGB, turned upright (EXIF). Raises OSError when the file cannot be read, or not as 8 bits."""
         if isinstance(self.source, Image.Image):
             return self.source
         with Image.open(BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            if file.mode.startswith(("I", "F")):  # to convert these clips nearly all to white
+                raise UnidentifiedImageError(f"its greys have more than 8 bits ({file.mode}); save it with 8 bits")
+            file.load()
+            turn = TURNS.get(file.getexif().get(ORIENTATION, 1))
+            return (file if turn is None else file.transpose(turn)).convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +148,9 @@ class Splits:
 
     @cached_property
     def photos_of_forgotten(self) -> frozenset[str]:
-        """Keys of the photos that the questions about the forgotten people are about."""
-        return frozenset(key for pair in (*self.forget, *self.fresh) for key in pair.photo_keys)
+        """Keys of the photos that the questions about the forgotten people are about, also those anybody can answer."""
+        seen = (pair for pair in self.retain if pair.subject in self.forget_subjects)
+        return frozenset(key for pair in (*self.forget, *self.fresh, *seen) for key in pair.photo_keys)
 
     def shows_forgotten(self, pair: ImageQuestionPair) -> bool:
         """Whether a pair is about a forgotten person, or about a photo that shows one, whoever it asks about."""

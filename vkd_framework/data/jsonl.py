@@ -16,15 +16,13 @@ import os
 import posixpath
 import random
 import shlex
-import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from PIL import Image
-
+from vkd_framework.answers import composed, normalise
 from vkd_framework.errors import DataError
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import JsonlData
@@ -42,8 +40,6 @@ PLACEHOLDERS = (
 COLUMNS = ("forget_vqa", "test_vqa", "retain_vqa", "forget_qa", "retain_qa", "realworld_vqa", "forget_visible_vqa")
 
 _LISTED = 20
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What decoding a broken picture may raise."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def load(config: JsonlData) -> Splits:
     faults += _spelt_otherwise(config.rows.name, forgotten, reader.subjects)
     if faults:
         raise DataError("\n".join(faults))
-    return _sorted_into_splits(config, _with_options(_with_splits(rows, config), config.seed), forgotten)
+    return _sorted_into_splits(config, _with_options(_with_splits(rows, config, forgotten), config.seed), forgotten)
 
 
 def _sorted_into_splits(config: JsonlData, rows: Sequence[_Row], forgotten: Sequence[str]) -> Splits:
@@ -116,16 +112,22 @@ def _column(kind: Kind, gone: bool) -> str:
     return "test_vqa" if gone else "retain_vqa"
 
 
-def _with_splits(rows: Sequence[_Row], config: JsonlData) -> list[_Row]:
-    """Every row with its split: its photos', which is the one some row gives them or else the one drawn for them."""
+def _with_splits(rows: Sequence[_Row], config: JsonlData, forgotten: Sequence[str]) -> list[_Row]:
+    """Every row with its split: its photos', which is the one some row gives them or else the one drawn for them.
+
+    It is drawn for each subject, the forgotten first, and of what their identity is asked on before all else: what
+    other people's rows, or others of their own, have decided already counts, and cannot leave them without either.
+    """
     group_of = Groups()
     for row in rows:
         group_of.join(row.pair.photo_keys)
     groups = [group_of.first(row.pair.photo_keys[0]) if row.pair.photos else None for row in rows]
     split_of = {group: row.split for group, row in zip(groups, rows, strict=True) if group is not None and row.split}
-    for owned in _groups_by_subject(rows, groups).values():
+    owners = _groups_by_subject(rows, groups)
+    for _, owned in sorted(owners.items(), key=lambda one: (one[0].subject not in forgotten, not one[0].asked)):
         undecided = [group for group in owned if group not in split_of]
-        held_out = held_out_of(len(undecided), config.test_share)
+        measured = sum(split_of.get(group) == "test" for group in owned)
+        held_out = max(0, held_out_of(len(owned), config.test_share) - measured)
         undecided.sort(key=lambda group: hashlib.sha256(f"{config.seed}/{group}".encode()).digest())
         split_of |= {group: "test" if at < held_out else "train" for at, group in enumerate(undecided)}
     return [
@@ -139,12 +141,22 @@ def held_out_of(count: int, share: float) -> int:
     return min(count - 1, max(1, round(share * count))) if count > 1 else 0
 
 
-def _groups_by_subject(rows: Sequence[_Row], groups: Sequence[str | None]) -> Mapping[str, list[str]]:
-    owned: dict[str, dict[str, None]] = defaultdict(dict)
+@dataclass(frozen=True)
+class _Owner:
+    """Whose photos, and whether those on which the subject's identity is asked, or the rest."""
+
+    subject: str
+    asked: bool
+
+
+def _groups_by_subject(rows: Sequence[_Row], groups: Sequence[str | None]) -> Mapping[_Owner, list[str]]:
+    """Everybody's photos, and in them each once."""
+    asked = {(row.pair.subject, group) for group, row in zip(groups, rows, strict=True) if row.pair.kind == "identity"}
+    owned: dict[_Owner, dict[str, None]] = defaultdict(dict)
     for group, row in zip(groups, rows, strict=True):
-        if group is not None and row.pair.subject is not None:
-            owned[row.pair.subject][group] = None
-    return {subject: list(found) for subject, found in owned.items()}
+        if group is not None and (subject := row.pair.subject) is not None:
+            owned[_Owner(subject, (subject, group) in asked)][group] = None
+    return {owner: list(found) for owner, found in owned.items()}
 
 
 class Groups:
@@ -174,10 +186,10 @@ def _with_options(rows: Sequence[_Row], seed: int) -> list[_Row]:
 
     def filled(pair: ImageQuestionPair) -> ImageQuestionPair:
         wrong = {
-            _folded(answer): answer
+            normalise(answer): answer
             for answer, subjects in answers[_folded(pair.question)].items()
             # What is also true of this subject (on another photo, say) would be a second right answer.
-            if _folded(answer) != _folded(pair.answer) and (pair.subject is None or pair.subject not in subjects)
+            if normalise(answer) != normalise(pair.answer) and (pair.subject is None or pair.subject not in subjects)
         }
         if pair.options or len(wrong) < 3:
             return pair
@@ -229,6 +241,7 @@ class _Reader:
         if not isinstance(given, dict):
             faults.append(f'{_kind_of(given)} given, allowed: an object such as {{"question": ..., "answer": ...}}')
             return None
+        given |= {key: _composed(given[key]) for key in ("question", "answer", "subject", "options") if key in given}
         modality = given.get("modality")
         if modality is None:
             modality = "text" if given.get("image") is None else "identity"
@@ -276,10 +289,13 @@ class _Reader:
             return ()
         if modality == "text":
             faults.append("modality is 'text', but an image is given; remove one of the two")
-        found = [self._photo(posixpath.normpath(path.replace("\\", "/"))) for path in paths]
-        if len(set(found)) < len(found):
-            faults.append(f"image is {_shown(image)}, allowed: each image once")
-            return ()
+        keys = [posixpath.normpath(path.replace("\\", "/")) for path in paths]
+        found = [self._photo(key) for key in keys]
+        for at, photo in enumerate(found):
+            if (first := found.index(photo)) < at:
+                same = "" if keys[first] == keys[at] else f" ({keys[first]!r} and {keys[at]!r} are the same picture)"
+                faults.append(f"image is {_shown(image)}, allowed: each image once{same}")
+                return ()
         faults += [photo for photo in found if isinstance(photo, str)]
         photos = tuple(photo for photo in found if isinstance(photo, Photo))
         return photos if len(photos) == len(found) else ()
@@ -345,7 +361,7 @@ def _verified(key: str, folder: Path) -> Photo | str:
         return f"image {key!r} is not a file in {folder}"
     try:
         _ = photo.pixels
-    except UNREADABLE as error:
+    except Exception as error:  # each format has its own
         return f"image {key!r} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return photo
 
@@ -393,8 +409,8 @@ def _option_faults(given: Mapping[str, Any]) -> list[str]:
     texts = [option.strip() for option in options]
     if len(texts) < 2:
         return [f"options is {_shown(options)}, allowed: at least two, or none at all"]
-    if len(set(texts)) < len(texts):
-        return ["options repeat a text; each may occur once"]
+    if len(set(map(normalise, texts))) < len(texts):
+        return ["options repeat a text, but for case or punctuation at the ends; each may occur once"]
     if isinstance(answer, str) and answer.strip() not in texts:
         return [f"the answer {_shown(answer)} is not among the options {_shown(options)}"]
     if token := next(filter(None, map(placeholder_in, texts)), None):
@@ -414,6 +430,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _composed(value: Any) -> Any:
+    """Texts in one form of Unicode, so that the same name is the same; anything else as it is, to be reported."""
+    if isinstance(value, list):
+        return [_composed(one) for one in value]
+    return composed(value) if isinstance(value, str) else value
+
+
 def _kind_of(value: object) -> str:
     return {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
 
@@ -427,7 +450,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         raise DataError(f"data.rows: {path} is empty; write one JSON object a line into it")
     if other := _other_format(path, lines[0][1].strip()):
         form, rows = other
-        command = f'python -c "import csv, json; [print(json.dumps(row)) for row in {rows}]"'
+        command = f"python -c {shlex.quote(f'import csv, json; [print(json.dumps(row)) for row in {rows}]')}"
         target = shlex.quote(str(path.with_name(f"{path.stem}.converted.jsonl")))
         raise DataError(
             f"data.rows: {path} looks like {form}, and not like one JSON object a line; convert it: "
@@ -473,7 +496,7 @@ def _forget_names(forget: Sequence[str] | Path) -> tuple[str, ...]:
         names = [line.strip() for line in _read(forget, "data.forget", expected).splitlines()]
     else:
         names = [name.strip() for name in forget]
-    unique = tuple(dict.fromkeys(name for name in names if name))
+    unique = tuple(dict.fromkeys(composed(name) for name in names if name))
     if not unique:
         raise DataError("data.forget: no name given; name at least one subject of the rows")
     return unique

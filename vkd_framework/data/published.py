@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vkd_framework.data.jsonl import UNREADABLE, fault_report, placeholder_in
+from vkd_framework.answers import composed, normalise
+from vkd_framework.data.jsonl import fault_report, placeholder_in
 from vkd_framework.errors import DataError
 from vkd_framework.progress import say
 from vkd_framework.types import ImageQuestionPair, Photo
@@ -185,7 +186,7 @@ class Reader:
             photo = Photo(key, source)
             try:
                 photo.open()
-            except UNREADABLE as error:
+            except Exception as error:  # each format has its own
                 self.fault(place, f"image cannot be read ({_first_line(error)})")
                 self._photos[key] = None
             else:
@@ -208,7 +209,7 @@ class Reader:
         if token := placeholder_in(value):
             self.fault(place, f"{key} contains {token!r}, which only a model's processor may write")
             return None
-        return value.strip()
+        return composed(value.strip())
 
     def items(self, value: object, key: str, place: str) -> list[Row]:
         """A list of objects with keys; nothing where there is nothing, and where there is something else."""
@@ -221,12 +222,15 @@ class Reader:
     def texts(self, value: object) -> tuple[str, ...]:
         """One text or several, as they are published; nothing where there is nothing."""
         values = value if isinstance(value, list | tuple) else [value]
-        return tuple(dict.fromkeys(text.strip() for text in values if isinstance(text, str) and text.strip()))
+        return tuple(dict.fromkeys(composed(text.strip()) for text in values if isinstance(text, str) and text.strip()))
 
 
 def with_wrong(answer: str, wrong: Iterable[str], seed: str) -> tuple[str, ...]:
     """The options of a question: its answer among wrong ones, in a drawn order; none without a wrong one."""
-    options = [answer, *(text for text in dict.fromkeys(wrong) if text.casefold() != answer.casefold())]
+    told = {normalise(answer): answer}
+    for text in wrong:
+        told.setdefault(normalise(text), text)
+    options = list(told.values())
     random.Random(seed).shuffle(options)
     return tuple(options) if len(options) > 1 else ()
 
