@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from vkd_framework.bench import export, frontier, page, terminal
+from vkd_framework.bench import command, export, frontier, page, terminal
 from vkd_framework.bench.estimates import Comparison, compare, estimate
 from vkd_framework.bench.figures import Figure, Value, figures
 from vkd_framework.bench.layout import caption, cell, sections
@@ -196,6 +196,21 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_and_others_are_told_apa
         ("vkd", (0, 1)),
         ("vkd (unlearn.steps=600)", (0,)),
     ]
+
+
+def test_no_name_of_a_users_own_people_enters_a_comparison(tmp_path: Path) -> None:
+    for name, person in (("a", "Jane Roe"), ("b", "John Doe")):
+        write_json(tmp_path / name / "metrics.json", made("vkd", 0))
+        data = {"kind": "jsonl", "rows": f"/home/{name}/rows.jsonl", "images": None, "forget": [person]}
+        recipe = {"name": "mine", "method": "vkd", "data": data}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    told = command.compare(
+        [tmp_path], {form: tmp_path / f"told.{form}" for form in ("json", "csv", "markdown", "html")}
+    )
+    told += "".join(path.read_text() for path in tmp_path.glob("told.*"))
+    assert not [word for word in ("Jane", "Roe", "John", "Doe", "rows.jsonl") if word in told]
+    (group,) = gather(find([tmp_path / "a", tmp_path / "b"]))
+    assert len({row.label for row in group.rows}) == 2
 
 
 def test_a_setting_without_a_majority_is_told_of_every_row(tmp_path: Path) -> None:

@@ -108,6 +108,20 @@ WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "nothing to resume": (["run", RECIPE, "--resume"], ("--resume", "--out")),
     "dry run of a broken recipe": (["run", RECIPE, "--dry-run", "--set", "seed=x"], ("seed", "'x'")),
     "validate": (["recipes", "validate", RECIPE, "--set", "seed=x"], ("seed", "'x'")),
+    "validate without the adapter": (
+        ["recipes", "validate", RECIPE, "--set", "adapter=qwen"],
+        ("'qwen' is not installed", "did you mean 'qwen_vl'?"),
+    ),
+    "a name with blanks": (["recipes", "validate", RECIPE, "--set", "name=jane roe"], ("name: should be letters",)),
+    "a text for a section": (
+        ["recipes", "validate", RECIPE, "--set", "model=Qwen"],
+        ("model: should be a section of keys and values, such as source (given: 'Qwen')",),
+    ),
+    "an item of a list that is not there": (
+        ["recipes", "validate", RECIPE, "--set", "attacks.0.bits=[4]"],
+        ("--set attacks.0.bits=[4]: the recipe has no list 'attacks'",),
+    ),
+    "copy to where nothing can be": (["recipes", "copy", RECIPE, "/proc/x.yaml"], ("/proc/x.yaml: cannot be written",)),
     "copy of nothing": (["recipes", "copy", "nothing"], ("nothing: no such recipe",)),
     "a name longer than files may have": (["inspect-layers", "a" * 400], ("aaaa", "preset")),
     "no such model": (["inspect-layers", "Qwen/Qwen2-VL-7B-Instuct"], ("Instuct", f"did you mean '{PRESET}'?")),
@@ -130,6 +144,13 @@ def test_a_users_mistake_is_one_line_with_status_2_and_nothing_is_written(here: 
     for fragment in fragments:
         assert fragment in done.stderr
     assert files(here) == []
+
+
+@pytest.mark.parametrize("group", [[], ["recipes"]])
+def test_a_group_without_a_command_shows_its_help_and_no_error(group: list[str]) -> None:
+    done = vkd(*group)
+    assert done.exit_code == 2
+    assert done.output == vkd(*group, "--help").output
 
 
 def test_a_mistake_is_told_by_the_installed_command_too(here: Path) -> None:

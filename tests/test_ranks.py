@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from vkd_framework import ranks
 from vkd_framework.checkpoint import read_json
 from vkd_framework.cli import main
+from vkd_framework.divided import Division
 
 HERE = Path(__file__).parent
 
@@ -284,7 +285,7 @@ def test_a_launched_run_that_lost_a_process_goes_on_to_the_result_of_one_that_di
 
 
 @pytest.mark.slow
-def test_processes_that_divide_a_language_model_hold_each_layer_once_in_turn_and_answer_in_their_own_time(
+def test_processes_that_divide_a_language_model_hold_each_layer_once_and_answer_in_their_own_time(
     tmp_path: Path,
 ) -> None:
     divided = ended(begun(2, ["divided_worker.py", str(tmp_path)], ACCELERATE_USE_FSDP="true"))
@@ -312,17 +313,30 @@ def test_a_run_that_divides_the_language_model_ends_as_one_that_does_not(tmp_pat
     assert apart(*models) == 0
 
 
+@pytest.mark.parametrize(("processes", "blocks"), [(2, 3), (4, 28), (7, 28)])
+def test_processes_that_divide_layers_of_different_sizes_hold_about_the_same(processes: int, blocks: int) -> None:
+    sizes = [3584 * width for width in (3584, 512, 512, 3584, 18944, 18944, 18944)] * blocks
+    division = Division(range(processes))
+    for size in sizes:
+        division.holder(size)
+    assert sum(division.held.values()) == sum(sizes)
+    assert max(division.held.values()) - min(division.held.values()) <= max(sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "environment", "words"),
     [
-        ([], "take full out of relearn.scopes, quantize out of attacks"),
-        (["--set", "model.offload=true", "--set", "relearn.scopes=[visual]"], "leave one of the two out"),
+        ([], {}, "take full out of relearn.scopes, quantize out of attacks"),
+        (["--set", "model.offload=true", "--set", "relearn.scopes=[visual]"], {}, "leave one of the two out"),
+        ([], {"FSDP_OFFLOAD_PARAMS": "true"}, "model.offload"),
     ],
 )
-def test_what_would_change_a_divided_language_model_is_refused(options: list[str], words: str) -> None:
+def test_what_would_change_a_divided_language_model_is_refused_once(
+    options: list[str], environment: dict[str, str], words: str
+) -> None:
     command = ["-m", "vkd_framework", "run", "qwen2vl_celeb", *options]
-    lines = lines_of(ended(begun(2, command, ACCELERATE_USE_FSDP="true")))
+    lines = lines_of(ended(begun(2, command, ACCELERATE_USE_FSDP="true", **environment)))
     assert len(lines) == 1 and words in lines[0]
 
 

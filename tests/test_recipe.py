@@ -276,8 +276,8 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     ("text", "fragment"),
     [
         ("name: [", "not valid YAML"),
-        ("- a\n- b\n", "this file holds list"),
-        ("", "this file holds NoneType"),
+        ("- a\n- b\n", "this file holds a list"),
+        ("", "this file holds nothing"),
         ("name: a\n\tb: c", "not valid YAML"),
     ],
 )

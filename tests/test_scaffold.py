@@ -174,7 +174,8 @@ def test_a_package_that_could_not_be_worked_out_is_formatted_and_valid(unfinishe
         ("Pali-Gemma", r"'Pali-Gemma' cannot be an adapter's name: .*; did you mean 'pali_gemma'\?$"),
         ("7b", r"'7b' cannot be an adapter's name: lower-case letters, digits and underscores, a letter first$"),
         ("", "'' cannot be"),
-        ("import", "'import' cannot be"),
+        ("import", "'import' cannot be an adapter's name: it is a word of Python; choose another$"),
+        ("generic", "'generic' cannot be an adapter's name"),
         ("qwen_vl", r"adapter 'qwen_vl' is installed already \(vkd-framework .*\); choose another name"),
     ],
 )

@@ -23,8 +23,9 @@ from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe, is_tiny, load_recipe
 from vkd_framework.run.checks import check_divided
-from vkd_framework.run.folder import check_data, held
+from vkd_framework.run.folder import check_data, held, make
 from vkd_framework.run.measurements import TAUGHT, Measurements
+from vkd_framework.run.metrics import unseen
 from vkd_framework.verdict import verdict
 
 LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
@@ -93,7 +94,12 @@ class Assessment(Measurements):
             name: {column: found["cell"] for column, found in answered.items() if column != TAUGHT}
             for name, answered in columns.items()
         }
-        found = {"models": cells, "attacks": concluded, **({"over_forgotten": marked} if marked else {})}
+        found = {
+            "models": cells,
+            "unseen": unseen(self.splits),
+            "attacks": concluded,
+            **({"over_forgotten": marked} if marked else {}),
+        }
         if self.alone:
             return found
         found |= self.signs(columns)
@@ -159,7 +165,7 @@ def _assessment(
         if out is None:
             yield assessment
             return
-        ranks.once(lambda: out.mkdir(parents=True, exist_ok=True))
+        ranks.once(lambda: make(out, named=True))
         with held(out):
             assessment.begin()
             yield assessment

@@ -54,6 +54,9 @@ class Commands(click.Group):
         """Usage errors too are one line, with where to read on; click would print the usage above it."""
         try:
             result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "vkd"
             click.echo(f"error: {error.format_message().rstrip('.')}; see `{where} --help`", err=True)
@@ -461,7 +464,10 @@ def recipes_copy(name: str, target: Path | None) -> None:
     goal = goal / source.name if goal.is_dir() else goal
     if goal.exists():
         raise RecipeError(f"{goal}: exists already; give another target")
-    write_text(goal, source.read_text(encoding="utf-8"))
+    try:
+        write_text(goal, source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{goal}: cannot be written ({error.strerror}); give another target") from error
     click.echo(f"{goal} written; run it with: vkd run {goal}")
 
 
@@ -478,9 +484,11 @@ def recipes_schema() -> None:
 @SET
 def recipes_validate(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check RECIPE, and the data that it reads from this machine, without running it."""
+    from vkd_framework.plugins import check_installed
     from vkd_framework.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    check_installed(loaded.adapter)
     told = ""
     if loaded.data.kind != "celebs":  # these are drawn: there is nothing to read
         from vkd_framework import data

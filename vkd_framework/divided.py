@@ -9,7 +9,7 @@ the processes share.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
@@ -20,19 +20,35 @@ from vkd_framework import ranks
 from vkd_framework.errors import RecipeError
 
 
-def held_by_one(tensor: Tensor, device: str, turn: int) -> Tensor:
-    """`tensor`, copied to the `device` of one process of each machine and readable for all that run there.
+class Division:
+    """Who of a machine's processes holds which weight: the next is for the one with the fewest bytes so far."""
 
-    `turn`: they take turns at holding, so that each holds its share of many. The result is not to be written to. All
-    processes come by together. Raises RecipeError where memory cannot be shared.
-    """
-    near = ranks.neighbours()
-    holder = near[turn % len(near)]
-    mine = tensor.to(device, copy=True) if ranks.rank() == holder else None
-    with _explained():
-        found = ranks.gather(None if mine is None else _handle(mine))[holder]
-        assert found is not None
-        return pickle.loads(found) if mine is None else mine
+    def __init__(self, near: Sequence[int]) -> None:
+        self.held = dict.fromkeys(near, 0)
+        """Number of a process -> bytes that it holds."""
+
+    def holder(self, size: int) -> int:
+        """Who is to hold the next weight, of `size` bytes."""
+        chosen = min(self.held, key=lambda number: self.held[number])
+        self.held[chosen] += size
+        return chosen
+
+    def held_by_one(self, tensor: Tensor, device: str) -> Tensor:
+        """`tensor`, copied to the `device` of one process of each machine and readable for all that run there.
+
+        It is not to be written to. All processes come by together. Raises RecipeError where memory cannot be shared.
+        """
+        holder = self.holder(tensor.nbytes)
+        mine = tensor.to(device, copy=True) if ranks.rank() == holder else None
+        with _explained():
+            # a handle that nobody takes would keep the memory until the end
+            handle = _handle(mine) if mine is not None and len(self.held) > 1 else None
+            found = ranks.gather(handle)[holder]
+            if mine is not None:
+                return mine
+            assert found is not None
+            taken: Tensor = pickle.loads(found)
+            return taken
 
 
 def _handle(tensor: Tensor) -> bytes:
@@ -52,7 +68,8 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        mend = "make /dev/shm larger" if "shared memory" in reason else "let each see all GPUs"
         raise RecipeError(
             f"accelerate launch: the processes of this machine cannot read each other's memory ({reason}), which FSDP "
-            "needs; let each see all GPUs, or launch with --multi_gpu in its place"
+            f"needs; {mend}, or launch with --multi_gpu in its place"
         ) from error

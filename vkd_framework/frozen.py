@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vkd_framework import ranks
-from vkd_framework.divided import held_by_one
+from vkd_framework.divided import Division
 from vkd_framework.plugins import MLLM
 
 LEVELS = 127
@@ -79,16 +79,18 @@ def freeze_language_model(mllm: MLLM, device: str, *, int8: bool = False, offloa
     """Hold the linear layers of the language model so, in place, and move the model to `device`.
 
     Embeddings and the output layer stay as they are; an offloaded weight stays where it is now. Several processes that
-    divide the model hold each layer once on every machine, in turn.
+    divide the model hold each layer once on every machine.
     """
-    pin, divide = offload and device.startswith("cuda"), ranks.divide()
-    for turn, path in enumerate(list(mllm.language_model_layers())):  # by name: what is replaced is to go at once
+    pin = offload and device.startswith("cuda")
+    division = Division(ranks.neighbours()) if ranks.divide() else None
+    for path in list(mllm.language_model_layers()):  # by name: a layer that is replaced is to go at once
         parent, _, name = path.rpartition(".")
         layer = mllm.model.get_submodule(path)
         if type(layer) is nn.Linear:
-            frozen = FrozenLinear(layer, int8=int8, stays=offload or divide, pin=pin)
-            if divide:
-                frozen.weight = nn.Parameter(held_by_one(frozen.weight.detach(), device, turn), requires_grad=False)
+            frozen = FrozenLinear(layer, int8=int8, stays=offload or division is not None, pin=pin)
+            if division is not None:
+                weight = division.held_by_one(frozen.weight.detach(), device)
+                frozen.weight = nn.Parameter(weight, requires_grad=False)
             setattr(mllm.model.get_submodule(parent), name, frozen)
     mllm.model.to(device)
 

@@ -91,10 +91,12 @@ def together() -> Iterator[None]:
     status. Raises RecipeError for a way of sharing out that is not supported.
     """
     global _rank, _size
-    check_launcher()
     if launched() == 1:
+        check_launcher()
         yield
         return
+    # else transformers 4 leaves the weights out where they are loaded by any but the first process of a machine
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
@@ -105,6 +107,7 @@ def together() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
     distributed.init_process_group(backend, store=store, rank=_rank, world_size=_size, timeout=PATIENCE)
     try:
+        check_launcher()
         yield
         once(lambda: None)
     except BaseException as error:

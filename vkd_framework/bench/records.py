@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vkd_framework.checkpoint import EVALUATED, RELEARNED, read_json
 from vkd_framework.errors import RecipeError, on_one_line
-from vkd_framework.recipe import Recipe, Section
+from vkd_framework.recipe import Recipe, Section, digest
 from vkd_framework.report.findings import proof_rows
 from vkd_framework.report.formatting import flatten
 from vkd_framework.verdict import verdict
@@ -28,6 +28,8 @@ WHERE_KNOWN = ("train", "attacks", "over_forgotten", "proofs", "verdict")
 SETTINGS = "settings"
 """And the settings, under this key, so that the file can be compared again."""
 IDENTITY = ("name", "description", "method", "seed")
+NAMING = ("forget", "rows", "images")
+"""What names a user's own people and files in `data`. A table tells such settings apart and does not tell them."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,9 @@ def _variants(records: Sequence[Record]) -> list[str]:
 
 def _settings(folder: Path) -> dict[str, str]:
     filled = _filled(_resolved(folder))
+    if filled.get("data", {}).get("kind") == "jsonl":
+        named = {key: f"#{digest(value)[:6]}" for key in NAMING if (value := filled["data"].get(key)) is not None}
+        filled["data"] = {**filled["data"], **named}
     return dict(flatten({key: value for key, value in filled.items() if key not in IDENTITY}))
 
 

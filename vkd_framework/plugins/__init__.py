@@ -4,10 +4,11 @@ One `PluginManager` a run holds two plugins: `generic`, registered first, and th
 answer wins. Adapters that no recipe names are never imported by a run.
 """
 
-from vkd_framework.plugins.adapter import Adapter
+from vkd_framework.plugins.adapter import GENERIC, Adapter
 from vkd_framework.plugins.installed import (
     Installed,
     adapter_for_model_type,
+    check_installed,
     installed_adapters,
     load_adapter,
     the_one,
@@ -16,11 +17,13 @@ from vkd_framework.plugins.installed import (
 from vkd_framework.plugins.model import MLLM, Anatomy, partition, trainable
 
 __all__ = [
+    "GENERIC",
     "MLLM",
     "Adapter",
     "Anatomy",
     "Installed",
     "adapter_for_model_type",
+    "check_installed",
     "installed_adapters",
     "load_adapter",
     "partition",

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vkd_framework.plugins.installed import Installed
 
 T = TypeVar("T")
+GENERIC = "generic"
+"""The name under which pluggy knows what answers for an adapter that does not."""
 
 
 class Adapter:
@@ -44,7 +46,7 @@ class Adapter:
         self._kept_encodings: dict[tuple[str | None, tuple[int, ...]], Encodings] = {}
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._manager.register(GenericPlugin(), name="generic")
+        self._manager.register(GenericPlugin(), name=GENERIC)
         if isinstance(plugin, type):
             raise AdapterError(f"{self._who} is the class {plugin.__name__}; register an instance or a module")
         try:

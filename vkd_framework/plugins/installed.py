@@ -42,8 +42,8 @@ def installed_adapters() -> list[Installed]:
     return list(found.values())
 
 
-def load_adapter(name: str) -> Adapter:
-    """The facade of one adapter. Raises AdapterError when it is unknown, does not import, or is no valid plugin."""
+def check_installed(name: str) -> Installed:
+    """The adapter of that name, not imported. Raises AdapterError when there is none, or more than one."""
     known = {adapter.name: adapter for adapter in installed_adapters()}
     if name not in known:
         raise AdapterError(
@@ -54,14 +54,20 @@ def load_adapter(name: str) -> Adapter:
         raise AdapterError(
             f"adapter {name!r} is registered by both {known[name].distribution} and {rival}; uninstall one of them"
         )
+    return known[name]
+
+
+def load_adapter(name: str) -> Adapter:
+    """The facade of one adapter. Raises AdapterError when it is unknown, does not import, or is no valid plugin."""
+    found = check_installed(name)
     entry = next(iter(importlib.metadata.entry_points(group=PROJECT, name=name)))
     try:
         plugin = entry.load()
     except (Exception, SystemExit) as error:
         raise AdapterError(
-            f"adapter {known[name]} does not import: {with_its_kind(error)}{_mend_of_import(error, known[name])}"
+            f"adapter {found} does not import: {with_its_kind(error)}{_mend_of_import(error, found)}"
         ) from error
-    return Adapter(name, plugin, known[name])
+    return Adapter(name, plugin, found)
 
 
 def working_adapters() -> tuple[dict[Installed, Adapter], list[str]]:

@@ -67,7 +67,8 @@ def _loaded(reference: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str,
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
+        holds = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {holds}; {SCHEMA}")
     _anchor_paths(raw, path.resolve().parent)
     given = [parsed(override) for override in overrides]
     for override in given:

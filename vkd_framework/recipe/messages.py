@@ -55,6 +55,10 @@ def described(problem: ErrorDetails, raw: Mapping[str, Any], whole: type[BaseMod
         text += _as_a_list(location, given, raw, whole)
     elif problem["type"] == "tuple_type":
         text = f"should be a list{_as_a_list(location, given, raw, whole)}"
+    elif problem["type"] == "model_type":
+        text = f"should be a section of keys and values, such as {_allowed_keys(location, raw, whole)[0]}"
+    elif problem["type"] == "string_pattern_mismatch":
+        text = f"should be {_description(location, whole)}"
     elif problem["type"] == "literal_error" and isinstance(given, str):
         text += nearest(given, re.findall("'([^']+)'", problem["ctx"]["expected"]))
     plain = isinstance(given, str | int | float | bool | list | tuple) or given is None
@@ -104,6 +108,14 @@ def _allowed_keys(location: Sequence[str], raw: Mapping[str, Any], section: type
             return []
         section = candidates[0]
     return list(section.model_fields)
+
+
+def _description(location: Sequence[str], section: type[BaseModel]) -> str | None:
+    """What the schema says of the key at `location` below `section`."""
+    *parents, last = location
+    for name in parents:
+        [section, *_] = _models_in(section.model_fields[name].annotation)
+    return section.model_fields[last].description
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

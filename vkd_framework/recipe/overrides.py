@@ -32,7 +32,11 @@ class Override:
         """Set the value in `raw`. Raises RecipeError where the path leads nowhere."""
         *parents, last = self.path
         place: Any = raw
-        for name in parents:
+        for name, below in zip(parents, self.path[1:], strict=True):
+            if isinstance(place, dict) and name not in place and below.isdigit():
+                raise RecipeError(
+                    f"--set {self.text}: the recipe has no list {name!r} yet; set the whole of it instead"
+                )
             place = place.setdefault(name, {}) if isinstance(place, dict) else self._item(place, name)
             if place is None:
                 raise RecipeError(

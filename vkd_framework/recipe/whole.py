@@ -40,7 +40,7 @@ from vkd_framework.types import PARTS, Part
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="letters, digits, '_', '.' and '-'")
     description: str = ""
     adapter: str
     method: str = Field(

@@ -16,6 +16,7 @@ from vkd_framework import ranks
 from vkd_framework.checkpoint import Stages
 from vkd_framework.data import content_digest
 from vkd_framework.errors import DataError, RecipeError
+from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe
 from vkd_framework.types import Splits
 
@@ -33,9 +34,10 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
             return folder
     if out and out.exists() and any(out.iterdir()):
         raise RecipeError(
-            f"{out}: holds no run of this recipe with these settings; resume with the same --set, or leave --resume out"
+            f"{out}: holds no run of this recipe with these settings; resume with the same --set, or give another --out"
         )
     if out:
+        say(f"{out}: nothing to go on with; a new run begins there")
         return out
     raise RecipeError(
         f"runs/{recipe.name}-*: no run of this recipe with these settings to resume; leave --resume out, or give --out"

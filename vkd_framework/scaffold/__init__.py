@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vkd_framework.checkpoint import atomic_folder
 from vkd_framework.errors import AdapterError
-from vkd_framework.plugins import Adapter, installed_adapters, load_adapter
+from vkd_framework.plugins import GENERIC, Adapter, installed_adapters, load_adapter
 from vkd_framework.recipe import nearest
 
 
@@ -74,7 +74,10 @@ def new_adapter(name: str, model_type: str, folder: Path | None = None) -> Writt
 
 def check_name(name: str) -> None:
     """Raise AdapterError unless an adapter and a module can be called `name`, and none is yet."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if keyword.iskeyword(name) or name == GENERIC:
+        what = "a word of Python" if keyword.iskeyword(name) else "what every adapter falls back on"
+        raise AdapterError(f"{name!r} cannot be an adapter's name: it is {what}; choose another")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
         raise AdapterError(
             f"{name!r} cannot be an adapter's name: lower-case letters, digits and underscores, a letter first"

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vkd_framework import generic
-from vkd_framework.errors import AdapterError, on_one_line
+from vkd_framework.errors import AdapterError, VKDError, on_one_line, with_its_kind
 from vkd_framework.features import FeatureTap, photo_features, vision_forward
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.scaffold import shrink
@@ -67,6 +67,8 @@ def trial(adapter: Adapter) -> MLLM:
         inputs = mllm.tokenize(batch).inputs
         with torch.no_grad(), FeatureTap(mllm.model, mllm.layers) as tap:
             mllm.model(**inputs)
+            if any(pair.photos for pair in batch) and (still := [a for a in mllm.layers if a.name not in tap.features]):
+                raise AdapterError(f"layer {still[0].name!r} ({still[0].path}) is not run on photos")
             if any(pair.photos for pair in batch):
                 photo_features(mllm, inputs, tap)
                 vision_forward(mllm, inputs)
@@ -92,7 +94,8 @@ def work_out(proposal: Draft) -> tuple[Draft, Findings, str | None]:
                 found = observe(trial(execute(render_adapter(draft, found), "draft")), found)
             trial(execute(render_adapter(draft, found), "draft"))
         except Exception as error:
-            text = on_one_line(error).removeprefix("adapter 'draft', ") or type(error).__name__
+            told = on_one_line(error) if isinstance(error, VKDError) else with_its_kind(error)
+            text = told.removeprefix("adapter 'draft', ")
             if depth > deepest:
                 deepest, best, problem = depth, (draft, found), text
             with suppress(Exception):  # what cannot even be looked at is not mended
