@@ -250,9 +250,10 @@ def _variants(records: Sequence[Record]) -> list[str]:
 
 def _settings(folder: Path) -> dict[str, str]:
     filled = _filled(_resolved(folder))
-    if filled.get("data", {}).get("kind") == "jsonl":
-        named = {key: f"#{digest(value)[:6]}" for key in NAMING if (value := filled["data"].get(key)) is not None}
-        filled["data"] = {**filled["data"], **named}
+    data = filled.get("data")
+    if isinstance(data, Mapping) and data.get("kind") == "jsonl":
+        named = {key: f"#{digest(value)[:6]}" for key in NAMING if (value := data.get(key)) is not None}
+        filled["data"] = {**data, **named}
     return dict(flatten({key: value for key, value in filled.items() if key not in IDENTITY}))
 
 
