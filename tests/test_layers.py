@@ -19,7 +19,7 @@ MODULES = {
 
 FLOORS = (
     ("__init__", "errors", "types", "answers", "cache", "hookspecs", "methods", "intervals"),
-    ("checkpoint", "progress", "ranks", "tiny", "recipe", "generic", "shelf", "encodings", "plugins"),
+    ("checkpoint", "progress", "ranks", "divided", "tiny", "recipe", "generic", "shelf", "encodings", "plugins"),
     (
         "data",
         "batches",
