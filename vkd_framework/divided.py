@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, multiprocessing
 
 from vkd_framework import ranks
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import RecipeError, first_line
 
 
 class Division:
@@ -67,7 +67,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         mend = "make /dev/shm larger" if "shared memory" in reason else "let each see all GPUs"
         raise RecipeError(
             f"accelerate launch: the processes of this machine cannot read each other's memory ({reason}), which FSDP "

@@ -52,6 +52,11 @@ def on_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def with_its_kind(error: BaseException) -> str:
     """`KeyError: 'x'`, or the type alone where the error says nothing."""
     return f"{type(error).__name__}: {on_one_line(error)}".removesuffix(": ")

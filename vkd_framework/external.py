@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vkd_framework.errors import ModelError, RecipeError
+from vkd_framework.errors import ModelError, RecipeError, first_line
 from vkd_framework.recipe import EXTERNAL_PACKAGES, TeacherConfig, nearest
 from vkd_framework.types import Photo
 
@@ -103,7 +103,7 @@ def load(config: TeacherConfig, device: torch.device, seed: int) -> ExternalMode
         try:
             prepare, maps = make(name, tag, config.weights == "pretrained", device)
         except Exception as error:  # what a download or a checkpoint may raise is nowhere said
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            told = first_line(error).rstrip(".")
             raise ModelError(
                 f"teacher.source: {config.source} cannot be loaded ({told}); "
                 "check the name and the network, or set teacher.weights to random"

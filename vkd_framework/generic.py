@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vkd_framework.errors import AdapterError, ModelError
+from vkd_framework.errors import AdapterError, ModelError, first_line
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.types import (
     IGNORED,
@@ -47,7 +47,7 @@ def load_model(source: str, dtype: torch.dtype, device: str) -> tuple[PreTrained
         model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         hint = "check the folder" if os.path.isdir(source) else "check the id and the network, or give a local folder"
-        raise ModelError(f"{source}: cannot be loaded ({_first_line(error)}); {hint}") from error
+        raise ModelError(f"{source}: cannot be loaded ({first_line(error).rstrip('.')}); {hint}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info.get(problem) or ())
         if keys:
@@ -346,10 +346,6 @@ def _language_width(model: PreTrainedModel) -> int:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class GenericPlugin:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vkd_framework.errors import LostProcessError, RecipeError
+from vkd_framework.errors import LostProcessError, RecipeError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -299,10 +299,9 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostProcessError(
             "another process of this run has ended or cannot be reached; what it said is above, or it was killed. "
-            f"Start the same again, `vkd run` with --resume ({reason})"
+            f"Start the same again, `vkd run` with --resume ({first_line(error)})"
         ) from error
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vkd_framework import ranks
 from vkd_framework.cache import cache_folder, hash_of_sources
 from vkd_framework.checkpoint import atomic_folder, locked, read_json, write_json
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import RecipeError, first_line
 from vkd_framework.frozen import freeze_language_model
 from vkd_framework.plugins import MLLM, Adapter
 from vkd_framework.progress import say
@@ -124,8 +124,9 @@ def attend(mllm: MLLM, how: str) -> None:
     try:
         mllm.model.set_attn_implementation(how)
     except (ImportError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"model.attention: {how} cannot be had ({first}); take sdpa or eager, or null") from error
+        raise RecipeError(
+            f"model.attention: {how} cannot be had ({first_line(error)}); take sdpa or eager, or null"
+        ) from error
 
 
 def save(mllm: MLLM, folder: Path) -> None:

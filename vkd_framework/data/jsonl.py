@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from vkd_framework.answers import composed, normalise
-from vkd_framework.errors import DataError
+from vkd_framework.errors import DataError, first_line
 from vkd_framework.progress import Progress
 from vkd_framework.recipe import JsonlData
 from vkd_framework.types import ImageQuestionPair, Kind, Photo, Splits
@@ -362,7 +362,7 @@ def _verified(key: str, folder: Path) -> Photo | str:
     try:
         _ = photo.pixels
     except Exception as error:  # each format has its own
-        return f"image {key!r} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return f"image {key!r} cannot be read ({first_line(error)})"
     return photo
 
 

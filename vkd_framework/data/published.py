@@ -19,7 +19,7 @@ from typing import Any
 
 from vkd_framework.answers import composed, normalise
 from vkd_framework.data.jsonl import fault_report, placeholder_in
-from vkd_framework.errors import DataError
+from vkd_framework.errors import DataError, first_line
 from vkd_framework.progress import say
 from vkd_framework.types import ImageQuestionPair, Photo
 
@@ -136,7 +136,7 @@ def _parquet(file: Path) -> Iterator[Any]:
         for batch in ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise DataError(f"data.source: {file} is no readable parquet file ({_first_line(error)})") from None
+        raise DataError(f"data.source: {file} is no readable parquet file ({first_line(error)})") from None
 
 
 def _json(file: Path) -> Any:
@@ -147,7 +147,7 @@ def _json(file: Path) -> Any:
         except json.JSONDecodeError:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
-        raise DataError(f"data.source: {file} is neither JSON nor JSON lines ({_first_line(error)})") from None
+        raise DataError(f"data.source: {file} is neither JSON nor JSON lines ({first_line(error)})") from None
 
 
 class Reader:
@@ -187,7 +187,7 @@ class Reader:
             try:
                 photo.open()
             except Exception as error:  # each format has its own
-                self.fault(place, f"image cannot be read ({_first_line(error)})")
+                self.fault(place, f"image cannot be read ({first_line(error)})")
                 self._photos[key] = None
             else:
                 self._photos[key] = photo
@@ -269,7 +269,3 @@ def required(title: str, forget: Sequence[object], retain: Sequence[object], col
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
