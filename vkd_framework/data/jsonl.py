@@ -181,20 +181,22 @@ class Groups:
 def _with_options(rows: Sequence[_Row], seed: int) -> list[_Row]:
     """Rows without options get three answers of other subjects to the same question, where there are three."""
     answers: dict[str, dict[str, set[str | None]]] = defaultdict(lambda: defaultdict(set))
+    written: dict[str, str] = {}
     for row in rows:
-        answers[_folded(row.pair.question)][row.pair.answer].add(row.pair.subject)
+        answers[_folded(row.pair.question)][normalise(row.pair.answer)].add(row.pair.subject)
+        written.setdefault(normalise(row.pair.answer), row.pair.answer)
 
     def filled(pair: ImageQuestionPair) -> ImageQuestionPair:
         wrong = {
-            normalise(answer): answer
+            written[answer]
             for answer, subjects in answers[_folded(pair.question)].items()
             # What is also true of this subject (on another photo, say) would be a second right answer.
-            if normalise(answer) != normalise(pair.answer) and (pair.subject is None or pair.subject not in subjects)
+            if answer != normalise(pair.answer) and (pair.subject is None or pair.subject not in subjects)
         }
         if pair.options or len(wrong) < 3:
             return pair
         rng = random.Random(f"{seed}/{pair.id}/options")
-        options = [pair.answer, *rng.sample(sorted(wrong.values()), 3)]
+        options = [pair.answer, *rng.sample(sorted(wrong), 3)]
         rng.shuffle(options)
         return replace(pair, options=tuple(options))
 
