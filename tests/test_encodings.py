@@ -94,6 +94,38 @@ def test_a_processor_whose_rows_depend_on_the_whole_batch_goes_on_being_asked(ti
         assert same(kept.batch(pairs, True, "right"), encode.direct(pairs, True, "right"))
 
 
+def test_a_question_about_another_photo_of_the_same_size_takes_no_other_tokens(tiny: MLLM, tmp_path: Path) -> None:
+    encode = Counting(tiny)
+    kept = Encodings(encode)
+    questions = ("Who is this?", "What is shown?", "Where does this person live?")
+    for i in range(6):
+        picture(48, 48, seed=i).save(tmp_path / f"{i}.png")
+    photos = [Photo(str(i), tmp_path / f"{i}.png") for i in range(6)]
+    whole = [[ImageQuestionPair("a", question, "chess", (photo,)) for photo in photos] for question in questions]
+    for pairs in whole[:2]:
+        kept.batch(pairs, True, "right")
+    seen = encode.asked
+    assert same(kept.batch(whole[2], True, "right"), encode.direct(whole[2], True, "right"))
+    assert encode.asked == seen + 1
+
+
+def test_a_processor_whose_tokens_depend_on_what_a_photo_shows_goes_on_being_asked(tiny: MLLM) -> None:
+    class Describing(Counting):
+        def direct(self, pairs: Sequence[ImageQuestionPair], with_answer: bool, padding_side: str) -> EncodedBatch:
+            described = [
+                ImageQuestionPair(pair.subject, f"{pair.question} {pair.photos[0].key}", pair.answer, pair.photos)
+                for pair in pairs
+            ]
+            return super().direct(described, with_answer, padding_side)
+
+    encode = Describing(tiny)
+    kept = Encodings(encode)
+    for step, shown in enumerate(["chess"] * 4 + ["chess music"] * 2):
+        photos = [Photo(shown, picture(48, 48, seed=10 * step + i)) for i in range(3)]
+        pairs = [ImageQuestionPair("a", "What is shown?", "chess", (photo,)) for photo in photos]
+        assert same(kept.batch(pairs, True, "right"), encode.direct(pairs, True, "right"))
+
+
 def test_padding_that_no_batch_has_shown_yet_is_asked_for(tiny: MLLM) -> None:
     encode = Counting(tiny)
     kept = Encodings(encode)

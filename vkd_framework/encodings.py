@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 K = TypeVar("K", bound=Hashable)
 LIMIT = 2**26
-"""Bytes that are kept in memory for one processor: half for tokens, half for what photos became."""
+"""Bytes that are kept in memory for one processor: an eighth for tokens, the rest for what photos became."""
+
+PHOTOS_LIMIT = LIMIT - LIMIT // 8
 
 DISK_LIMIT = 2**32
 """Bytes of either that are kept on disk beyond that. What has no room there either is encoded anew each time."""
@@ -34,7 +36,9 @@ CHECKED = 2
 """Batches of each kind that are encoded both ways before what is kept is trusted."""
 
 Encode = Callable[[Sequence[ImageQuestionPair], bool, str], EncodedBatch]
-Tensors = Mapping[str, "Tensor"]
+Tensors = dict[str, "Tensor"]
+Row = tuple[Tensors, Tensors]
+"""A pair's tokens, and what its photos became."""
 
 
 @dataclass
@@ -49,16 +53,17 @@ class _Kind:
 class Encodings:
     """What one processor makes of pairs. `encode(pairs, with_answer, padding_side)` asks it.
 
-    A pair is known by its question, its answer and its photos, as objects: what else it says must not matter to
-    `encode`.
+    Tokens are known by the question, the answer and the sizes of the photos; what photos became, by the photos, as
+    objects. What else a pair says must not matter to `encode`, nor what a photo shows to the tokens: whenever a photo
+    that is new comes with a question that is known, or the other way round, the two are compared.
     """
 
     def __init__(self, encode: Encode, limit: int = LIMIT, disk_limit: int = DISK_LIMIT) -> None:
         from vkd_framework.shelf import Shelf
 
         self._encode, self._disk_limit = encode, disk_limit
-        self._tokens: Shelf[Hashable] = Shelf(limit // 2)
-        self._photos: Shelf[tuple[Photo, ...]] = Shelf(limit // 2)
+        self._tokens: Shelf[Hashable] = Shelf(limit // 8)
+        self._photos: Shelf[tuple[Photo, ...]] = Shelf(limit - limit // 8)
         self._kinds: dict[Hashable, _Kind | None] = {}
 
     @property
@@ -86,40 +91,33 @@ class Encodings:
         self._kinds[name] = None if rows is None else _learnt(batch, rows, kind, padding_side)
         return batch
 
-    def _rows(self, pairs: Sequence[ImageQuestionPair], with_answer: bool) -> list[tuple[Tensors, Tensors]] | None:
+    def _rows(self, pairs: Sequence[ImageQuestionPair], with_answer: bool) -> list[Row] | None:
         """For each pair its tokens, and what its photos became; None where they cannot be told apart."""
-        keys: list[Hashable] = [(pair.question, pair.answer if with_answer else None, pair.photos) for pair in pairs]
-        found: dict[Hashable, tuple[Tensors, Tensors]] = {}
-        missing: dict[bool, dict[Hashable, ImageQuestionPair]] = {}
+        keys: list[Hashable] = [
+            (pair.question, pair.answer if with_answer else None, tuple(photo.size for photo in pair.photos))
+            for pair in pairs
+        ]
+        tokens = {key: dict(self._tokens[key]) for key in set(keys) if key in self._tokens}  # from disk: read once
+        photos = {shown: dict(self._photos[shown]) for shown in {p.photos for p in pairs} if shown in self._photos}
+        photos[()] = {}
+        missing: dict[bool, list[tuple[Hashable, ImageQuestionPair]]] = {}
+        covered: set[Hashable] = {*tokens, *photos}  # by what is known, and by the pairs that are asked about
         for key, pair in zip(keys, pairs, strict=True):
-            tokens = self._tokens.get(key)
-            photos = self._photos.get(pair.photos) if pair.photos else {}
-            if tokens is None or photos is None:
-                missing.setdefault(bool(pair.photos), {})[key] = pair
-            else:
-                found[key] = tokens, photos
+            if key not in covered or pair.photos not in covered:
+                missing.setdefault(bool(pair.photos), []).append((key, pair))
+                covered |= {key, pair.photos}
         for group in missing.values():
-            asked = dict(reversed(group.items()))  # another order, so that a batch checked can tell whose row is whose
-            parts = _split(self._encode(list(asked.values()), with_answer, "right"))
-            if parts is None or not all(
-                self._agree(pair.photos, part[1]) for pair, part in zip(asked.values(), parts, strict=True)
-            ):
+            group.reverse()  # another order, so that a batch checked can tell whose row is whose
+            parts = _split(self._encode([pair for _, pair in group], with_answer, "right"))
+            if parts is None:
                 return None
-            for (key, pair), part in zip(asked.items(), parts, strict=True):
-                found[key] = part
-                if any(
-                    isinstance(photo.source, Image.Image) for photo in pair.photos
-                ):  # its key would hold the picture
-                    continue
-                self._keep(self._tokens, key, part[0])
-                if pair.photos:
-                    self._keep(self._photos, pair.photos, part[1])
-        return [found[key] for key in keys]
-
-    def _agree(self, photos: tuple[Photo, ...], part: Tensors) -> bool:
-        """Whether photos became what they became in another batch."""
-        known = self._photos.get(photos)
-        return known is None or _same(known, part)
+            for (key, pair), (own_tokens, own_photos) in zip(group, parts, strict=True):
+                if not (_agree(tokens, key, own_tokens) and _agree(photos, pair.photos, own_photos)):
+                    return None
+                self._keep(self._tokens, key, own_tokens)
+                if not any(isinstance(photo.source, Image.Image) for photo in pair.photos):  # a key would hold it
+                    self._keep(self._photos, pair.photos, own_photos)
+        return [(tokens[key], photos[pair.photos]) for key, pair in zip(keys, pairs, strict=True)]
 
     def _keep(self, shelf: Shelf[K], key: K, tensors: Tensors) -> None:
         if shelf.bytes_on_disk < self._disk_limit:
@@ -142,7 +140,12 @@ def fingerprint(processor: ProcessorMixin) -> str | None:
         return None
 
 
-def _split(batch: EncodedBatch) -> list[tuple[Tensors, Tensors]] | None:
+def _agree(known: dict[K, Tensors], key: K, part: Tensors) -> bool:
+    """Whether a part is what it was in another pair; one that is new becomes known."""
+    return _same(known.setdefault(key, part), part)
+
+
+def _split(batch: EncodedBatch) -> list[Row] | None:
     """Each pair's own tokens, without padding, and its share of what the photos became.
 
     Of pairs with equally many photos of one size, so that every pair has equally many rows of every tensor.
@@ -171,7 +174,7 @@ def _split(batch: EncodedBatch) -> list[tuple[Tensors, Tensors]] | None:
         ]
 
 
-def _join(rows: Sequence[tuple[Tensors, Tensors]], kind: _Kind, padding_side: str) -> EncodedBatch | None:
+def _join(rows: Sequence[Row], kind: _Kind, padding_side: str) -> EncodedBatch | None:
     """The batch of the given pairs; None where it takes padding that is not known, or shapes do not fit."""
     import torch
 
@@ -196,9 +199,7 @@ def _join(rows: Sequence[tuple[Tensors, Tensors]], kind: _Kind, padding_side: st
     return EncodedBatch(joined, labels, content)
 
 
-def _learnt(
-    batch: EncodedBatch, rows: Sequence[tuple[Tensors, Tensors]], kind: _Kind | None, padding_side: str
-) -> _Kind | None:
+def _learnt(batch: EncodedBatch, rows: Sequence[Row], kind: _Kind | None, padding_side: str) -> _Kind | None:
     """What is known after one more batch that was encoded both ways; None when the two differ."""
     whole = {**batch.inputs, "labels": batch.labels, "content": batch.content}
     padded = whole["attention_mask"] == 0

@@ -56,7 +56,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens, *, pro
     total = sum(count.values())
     beside: list[Line] = []
     if process:
-        encoded = min(encodings.LIMIT // 2, tokens.photos * tokens.pixels * 4)
+        encoded = min(encodings.PHOTOS_LIMIT, tokens.photos * tokens.pixels * 4)
         beside += [Line("the program", process, "before anything is loaded"), Line("encoded photos", encoded, "kept")]
     whole = [Line("weights", total * each, f"{total:,} x {each}"), *beside]
     held = [_weights(recipe, total, size, each, beside_gpu=not process), *beside]
@@ -133,7 +133,7 @@ def disk(recipe: Recipe, anatomy: Anatomy, size: Sizes, tokens: Tokens) -> list[
     lines.append(Line("where to go on", state, "what is trained and its optimiser, until unlearning is done"))
     remembered = {
         "teacher's features": (_features(recipe, size, tokens, anatomy) * each, shelf.LIMIT, math.inf),
-        "encoded photos": (tokens.pixels * 4, encodings.LIMIT // 2, encodings.DISK_LIMIT),
+        "encoded photos": (tokens.pixels * 4, encodings.PHOTOS_LIMIT, encodings.DISK_LIMIT),
     }
     for what, (one, in_memory, most) in remembered.items():
         beyond = min(most, max(0.0, tokens.photos * one - in_memory))
