@@ -136,6 +136,7 @@ def make_recipe(**changes: Any) -> Recipe:
         }
         losses = given | {name: term | given.get(name, {}) for name, term in terms.items()}
         changes = {"losses": losses, "simulated_attack": {"weight": 0}, **changes}
+        changes["unlearn"] = {"retain_floor": None} | changes.get("unlearn", unlearn)
     return Recipe.model_validate(settings | changes)
 
 

@@ -162,6 +162,17 @@ def test_a_wrong_answer_comes_from_the_options_or_from_others_asked_the_same(spl
         assert from_others[pair.id].answer != pair.answer
 
 
+def test_no_wrong_answer_is_true_of_the_same_person_on_another_photo(few: Splits) -> None:
+    first, second, third = (
+        replace(few.forget[0], id=str(i), answer=answer, options=()) for i, answer in enumerate("abc")
+    )
+    other = replace(first, id="other", subject="somebody else", answer="d")
+    drawn = relabelled((first, second, third), (other, first, second, third), seed=0)
+    assert [pair.answer for pair in drawn.values()] == ["d"] * 3
+    nobody = [replace(pair, subject=None) for pair in (first, second, third)]
+    assert {pair.answer for pair in relabelled(nobody, (other, *nobody), seed=0).values()} - {"d"}
+
+
 def test_without_any_wrong_answer_relabelling_is_refused_in_one_line(tiny: MLLM, few: Splits) -> None:
     alone = replace(few, forget=(replace(few.forget[0], question="Only asked here?", options=()),))
     with pytest.raises(RecipeError, match="relabel finds no wrong answer") as caught:

@@ -183,6 +183,10 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"losses": {"forget_output": {"weight": 0}, "repel": {"weight": 0}}},
         ("nothing would be forgotten", "losses.forget_output.weight", "losses.repel.weight"),
     ),
+    "a floor that nothing could repair to": (
+        {"method": "npo", "unlearn": {"retain_floor": 0.8}},
+        ("unlearn.retain_floor: ", "would be repaired", "set unlearn.retain_floor to null"),
+    ),
     "no way out of the teacher": (
         {"losses": {"forget_output": {"weight": 0}, "retain_output": {"weight": 0}, "repel": {"weight": 1}}}
         | {"simulated_attack": {"weight": 0}},

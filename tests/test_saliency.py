@@ -168,6 +168,16 @@ def test_the_salun_mask_holds_the_steepest_weights_of_the_forget_set(student: ML
     assert kept.mean() > 3 * left.mean()
 
 
+def test_neither_short_rows_nor_vectors_are_left_out_of_a_salun_mask_of_neurons(student: MLLM, splits: Splits) -> None:
+    by_weight, by_row = (
+        built(student, splits, kind="salun", density=0.5, granularity=granularity)
+        for granularity in ("weight", "neuron")
+    )
+    vectors = [name for name, m in by_row.items() if m.dim() == 1]
+    single, whole = (share({name: mask[name] for name in vectors}) for mask in (by_weight, by_row))
+    assert whole > single / 2
+
+
 def test_random_masks_of_one_density_differ_by_seed_only(student: MLLM, splits: Splits) -> None:
     one, again, other = (built(student, splits, kind="random", density=0.5, seed=seed) for seed in (1, 1, 2))
     assert same(one, again)

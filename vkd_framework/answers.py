@@ -119,14 +119,19 @@ def relabelled(
 ) -> dict[str, ImageQuestionPair]:
     """Pair id -> the pair with a wrong answer, drawn from its options; without any, from what `others` are answered.
 
-    `others` count where they are asked the same question. A pair without a wrong answer is left out.
+    `others` count where they are asked the same question, but not with what is the answer about the same person on
+    another photo. A pair without a wrong answer is left out.
     """
     pool: dict[str, dict[str, None]] = defaultdict(dict)
+    true: dict[tuple[str, str | None], set[str]] = defaultdict(set)
     for pair in others:
         pool[pair.question][pair.answer] = None
+        true[pair.question, pair.subject].add(normalise(pair.answer))
     drawn = {}
     for pair in pairs:
-        known = pair.options or pool[pair.question]
-        if wrong := [answer for answer in known if normalise(answer) != normalise(pair.answer)]:
+        right = {normalise(pair.answer)}
+        if pair.subject is not None and not pair.options:
+            right |= true[pair.question, pair.subject]
+        if wrong := [answer for answer in pair.options or pool[pair.question] if normalise(answer) not in right]:
             drawn[pair.id] = replace(pair, answer=random.Random(f"{seed}/{pair.id}").choice(wrong))
     return drawn

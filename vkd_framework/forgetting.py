@@ -7,10 +7,12 @@ model is remembered before anything is trained.
 
 from __future__ import annotations
 
+import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from vkd_framework.errors import RecipeError
 from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM
 from vkd_framework.recipe import Recipe
-from vkd_framework.types import EncodedBatch, ImageQuestionPair, Splits
+from vkd_framework.types import EncodedBatch, ImageQuestionPair, Photo, Splits
 
 
 class ForgetOutput:
@@ -44,11 +46,13 @@ class ForgetOutput:
         if self._term.form == "relabel":
             self._targets = _wrong_answers(splits, recipe.seed)
         if self._term.form == "stranger":
-            self._before = self._cross_entropies(mllm, about_others(splits, recipe.seed))
+            asked = about_others(splits, recipe.seed, self._term.strangers)
+            self._before = dict(zip((pair.id for pair in splits.forget), self._levels(mllm, asked), strict=True))
         if self._term.form == "npo":
             # A number a pair, so that no second model is needed in training.
-            asked = reference() if self._term.reference == "retain_only" and reference else mllm
-            self._before = self._cross_entropies(asked, splits.forget)
+            knows = reference() if self._term.reference == "retain_only" and reference else mllm
+            found = self._cross_entropies(knows, splits.forget)
+            self._before = {pair.id: mean for pair, (mean, _) in zip(splits.forget, found, strict=True)}
 
     def targets(self, pairs: Sequence[ImageQuestionPair]) -> list[ImageQuestionPair]:
         """The pairs with the answers that the term looks at: their own, or those taught in their place."""
@@ -76,25 +80,48 @@ class ForgetOutput:
     def _known(self, pairs: Sequence[ImageQuestionPair]) -> list[float]:
         return [self._before[pair.id] for pair in pairs]
 
+    def _levels(self, mllm: MLLM, asked: Sequence[Sequence[ImageQuestionPair]]) -> list[float]:
+        """The mean over an answer's tokens of `- log` of its mean probability, over the pairs of each group."""
+        found = iter(self._cross_entropies(mllm, list(chain.from_iterable(asked))))
+        return [_of_mean_probability(list(islice(found, len(group)))) for group in asked]
+
     @torch.no_grad()
-    def _cross_entropies(self, mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> dict[str, float]:
-        """Pair id -> mean cross-entropy of its answer's tokens."""
-        found: list[list[float]] = []
+    def _cross_entropies(self, mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> list[tuple[float, int]]:
+        """Of each pair, the mean cross-entropy of its answer's tokens, and how many they are."""
+        found: list[list[tuple[float, int]]] = []
         for part in ranks.part(in_parts(pairs, self._batch_size)):
-            found.append(answer_losses(mllm, part, content=self._term.tokens == "content").tolist())
-        return dict(zip((pair.id for pair in pairs), chain.from_iterable(ranks.in_order(found)), strict=True))
+            counts = self.tokens(mllm.tokenize(part)).sum(dim=1).tolist()
+            means = answer_losses(mllm, part, content=self._term.tokens == "content").tolist()
+            found.append(list(zip(means, counts, strict=True)))
+        return list(chain.from_iterable(ranks.in_order(found)))
 
 
-def about_others(splits: Splits, seed: int) -> list[ImageQuestionPair]:
-    """Every forget pair with photos of somebody who is kept in place of its own. Raises RecipeError without any."""
-    shown = [pair.photos for pair in splits.retain if pair.photos and not splits.shows_forgotten(pair)]
-    if not shown:
-        raise RecipeError(
-            "losses.forget_output.form: stranger needs photos of people who are kept, and the data has none; "
-            "take form: capped_ascent"
-        )
-    draw = random.Random(f"{seed}/about others")
-    return [replace(pair, photos=draw.choice(shown)) if pair.photos else pair for pair in splits.forget]
+def about_others(splits: Splits, seed: int, strangers: int = 1) -> list[list[ImageQuestionPair]]:
+    """Every forget pair `strangers` times, each with as many photos of somebody who is kept in place of its own.
+
+    A pair without photos stays alone as it is. Raises RecipeError where nobody who is kept is shown so.
+    """
+    shown: dict[int, list[tuple[Photo, ...]]] = defaultdict(list)
+    for pair in splits.retain:
+        if not splits.shows_forgotten(pair):
+            shown[len(pair.photos)].append(pair.photos)
+    draw, asked = random.Random(f"{seed}/about others"), []
+    for pair in splits.forget:
+        count = len(pair.photos)
+        if count and not shown[count]:
+            raise RecipeError(
+                f"losses.forget_output.form: stranger needs retain pairs with photos of people who are kept, {count} "
+                f"in each as in {pair.id!r}, and the data has none; take form: capped_ascent"
+            )
+        photos = [draw.choice(shown[count]) for _ in range(strangers)] if count else [()]
+        asked.append([replace(pair, photos=each) for each in photos])
+    return asked
+
+
+def _of_mean_probability(found: Sequence[tuple[float, int]]) -> float:
+    """Nats a token, from the nats a token and the number of tokens of the same answer about several people."""
+    whole = torch.tensor([-mean * count for mean, count in found], dtype=torch.float64)
+    return float(math.log(len(found)) - torch.logsumexp(whole, dim=0)) / found[0][1]
 
 
 def _wrong_answers(splits: Splits, seed: int) -> dict[str, ImageQuestionPair]:

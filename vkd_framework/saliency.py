@@ -9,7 +9,7 @@ precision; the cut is found by `kthvalue`, not by sorting; a mask takes one bit 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -196,7 +196,8 @@ def _by_density(
         of_retain = accumulate(mllm, retain, parameters, squared=True, batch_size=batch_size, what=what)
         scores = ratio_scores(of_forget, of_retain, config.granularity)
     else:
-        scores = {name: _by_unit(g.abs(), config.granularity) for name, g in of_forget.items()}
+        # a mean: rows of all lengths, and single weights, are cut at one level
+        scores = {name: _by_unit(g.abs(), config.granularity, torch.mean) for name, g in of_forget.items()}
     heard = {name: score for name, score in scores.items() if name in reached}
     return (cut(heard, density=config.density) if heard else {}), reached
 
@@ -281,11 +282,11 @@ def _random_scores(
     return scores
 
 
-def _by_unit(score: Tensor, granularity: str) -> Tensor:
-    """Per weight as it is; per neuron, the sum over each row, spread over the row again."""
+def _by_unit(score: Tensor, granularity: str, combine: Callable[..., Tensor] = torch.sum) -> Tensor:
+    """Per weight as it is; per neuron, each row's scores combined, spread over the row again."""
     if granularity == "weight" or score.dim() < 2:
         return score
-    return _spread(score.flatten(1).sum(dim=1), score.shape)
+    return _spread(combine(score.flatten(1), dim=1), score.shape)
 
 
 def _spread(per_unit: Tensor, shape: torch.Size) -> Tensor:

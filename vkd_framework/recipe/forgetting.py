@@ -34,6 +34,11 @@ class ForgetOutputTerm(OutputTerm):
     tokens: Literal["content", "answer"] = Field(
         default="content", description="without the token that ends an answer, or with it"
     )
+    strangers: Annotated[int, ReadWith("form", ("stranger",))] = Field(
+        default=1,
+        ge=1,
+        description="photos of others at whose mean probability an answer is left (form: stranger)",
+    )
     cap: Annotated[float, ReadWith("form", ("capped_ascent",))] = Field(
         default=5.0, gt=0, description="nats per token; above it a sample gives no gradient (form: capped_ascent)"
     )

@@ -158,6 +158,13 @@ class Recipe(Section):
             raise ValueError(
                 "nothing would be forgotten: losses.forget_output.weight and losses.repel.weight are both 0"
             )
+        if self.unlearn.retain_floor and not any(
+            t.weight for t in (terms.retain_output, terms.retain_kl, terms.attract)
+        ):
+            raise ValueError(
+                "unlearn.retain_floor: below it only the retain terms are left, and all have a weight of 0, so that "
+                "nothing would be repaired; give losses.retain_output a weight, or set unlearn.retain_floor to null"
+            )
         pushes = (terms.forget_output.weight, terms.retain_output.weight, attack.weight, self.unlearn.weight_decay)
         if self.teacher.kind == "self" and self.repel_target == "repel" and not any(pushes):
             raise ValueError(
