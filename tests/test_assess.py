@@ -198,7 +198,7 @@ def test_figures_of_a_checkpoint_that_changed_are_not_mixed(recipe: str, strange
     told("relearn", str(theirs), "--recipe", recipe, "--out", out)
     os.utime(theirs / "config.json", (0, 0))
     done = vkd("evaluate", str(theirs), "--recipe", recipe, "--out", out)
-    assert done.exit_code == 2 and "holds figures of another model" in done.stderr
+    assert done.exit_code == 2 and "began with another model than" in done.stderr
 
 
 def test_a_folder_that_holds_something_is_not_written_into(recipe: str, stranger: str, tmp_path: Path) -> None:

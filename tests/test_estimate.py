@@ -21,8 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vkd_framework.errors import RecipeError
 from vkd_framework.estimate import Estimate, Rate, devices, estimate, memory, work
 from vkd_framework.estimate.advice import advise, wanted_bytes
+from vkd_framework.estimate.known import tokens_of
+from vkd_framework.estimate.memory import disk
 from vkd_framework.estimate.text import against, text
 from vkd_framework.estimate.tokens import Tokens, assumed, of_batch
+from vkd_framework.estimate.work import sizes
 from vkd_framework.layers_table import describe
 from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.recipe import Recipe
@@ -279,6 +282,13 @@ def test_tokens_of_a_published_model_are_assumed_from_its_config() -> None:
     assert (qwen.patches, qwen.image) == (32**2, 16**2)
     assert (llava.patches, llava.image) == (24**2, 24**2)
     assert "assumed" in str(qwen)
+
+
+def test_photos_are_counted_also_where_no_processor_is_there_to_encode_them(splits: Splits) -> None:
+    anatomy = describe("Qwen/Qwen2-VL-7B-Instruct", load_adapter("qwen_vl"))
+    found, shown = tokens_of(splits, anatomy, None), {k for p in (*splits.forget, *splits.retain) for k in p.photo_keys}
+    assert found == replace(assumed(anatomy), photos=len(shown))
+    assert "could not be counted" not in str(disk(make_recipe(), anatomy, sizes(anatomy), found))
 
 
 def estimating(**settings: Any) -> Callable[[tuple[str, ...]], Estimate]:

@@ -14,19 +14,21 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import CAST
+from conftest import CAST, make_recipe
 from PIL import Image
 
 from vkd_framework.cache import CACHE_VARIABLE
 from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.cli import main
-from vkd_framework.errors import DataError, RecipeError
+from vkd_framework.errors import DataError, ModelError, RecipeError
+from vkd_framework.plugins import load_adapter
 from vkd_framework.recipe import EVERY_ATTACK, load_recipe
 from vkd_framework.report.formatting import NBSP
 from vkd_framework.report.markdown import escape
 from vkd_framework.run import recipe_of, run
-from vkd_framework.run.folder import held, make
+from vkd_framework.run.folder import check_models, held, make
 from vkd_framework.run.metrics import unseen
+from vkd_framework.run.stages import Run
 from vkd_framework.types import Splits
 from vkd_framework.verdict import verdict
 
@@ -377,10 +379,31 @@ def test_a_run_is_not_resumed_with_other_data(finished: Finished, tmp_path: Path
     assert read_json(kept)["result"] == stage["result"]
 
 
+def test_a_run_is_not_resumed_with_another_model_or_teacher_in_the_same_place(tmp_path: Path, splits: Splits) -> None:
+    sources = {}
+    for key in ("model", "teacher"):
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "model.safetensors").write_bytes(b"weights")
+        sources[f"{key}.source"] = str(tmp_path / key)
+    teacher = {"kind": "ignorant", "source": sources["teacher.source"]}
+    recipe = make_recipe(model={"source": sources["model.source"]}, teach=None, teacher=teacher)
+    begun = Run(recipe, load_adapter("qwen_vl"), splits, tmp_path / "run", "")
+    assert begun.sources == sources
+    assert not replace(begun, recipe=make_recipe()).sources
+    check_models(begun.folder, begun.stages, begun.sources)
+    check_models(begun.folder, begun.stages, begun.sources)
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(
+        ModelError, match=r"began with another teacher\.source than .*; put its files back, or start anew"
+    ):
+        check_models(begun.folder, begun.stages, begun.sources)
+
+
 def test_an_existing_run_is_not_written_over(finished: Finished) -> None:
     before = (finished.folder / "metrics.json").stat().st_mtime_ns
-    with pytest.raises(RecipeError, match="exists already; add --resume"):
-        run(finished.recipe, out=finished.folder)
+    for out in (finished.folder, str(finished.folder)):
+        with pytest.raises(RecipeError, match="exists already; add --resume"):
+            run(finished.recipe, out=out)
     assert (finished.folder / "metrics.json").stat().st_mtime_ns == before
 
 

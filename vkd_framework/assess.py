@@ -23,19 +23,22 @@ from vkd_framework.plugins import Adapter, load_adapter
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe, is_tiny, load_recipe
 from vkd_framework.run.checks import check_divided
-from vkd_framework.run.folder import check_data, held, make
+from vkd_framework.run.folder import check_data, check_models, held, make
 from vkd_framework.run.measurements import TAUGHT, Measurements
 from vkd_framework.run.metrics import unseen
 from vkd_framework.verdict import verdict
 
-LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-"""What the files end with that a model and its processor are loaded from."""
 UNLEARNED = "unlearned"
 """The place that the checkpoint takes among a run's models, so that its figures have the same names."""
 
 
 def evaluate(
-    model: str, reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, alone: bool = False
+    model: str | Path,
+    reference: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    out: Path | str | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """The columns of `model` and the recipe's `attacks` on it, beside the recipe's starting model and reference.
 
@@ -44,19 +47,28 @@ def evaluate(
     other model is loaded, and the figures that compare and the verdict are left out. Raises RecipeError, DataError or
     ModelError before anything is measured.
     """
-    with _assessment(model, reference, overrides, out, alone, adds=EVALUATED) as assessment:
+    with _assessment(
+        str(model), reference, overrides, None if out is None else Path(out), alone, adds=EVALUATED
+    ) as assessment:
         return assessment.written(EVALUATED, assessment.evaluated())
 
 
 def attack(
-    model: str, reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, alone: bool = False
+    model: str | Path,
+    reference: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    out: Path | str | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """The recipe's relearning attacks on `model` and, if the recipe has one, on the retain-only reference.
 
     The arguments and errors are those of `evaluate`, the result is the `relearn` block of `metrics.json`. With `alone`,
     `average_gap` and the advantages are None.
     """
-    with _assessment(model, reference, overrides, out, alone, adds=RELEARNED) as assessment:
+    with _assessment(
+        str(model), reference, overrides, None if out is None else Path(out), alone, adds=RELEARNED
+    ) as assessment:
         return assessment.written(RELEARNED, assessment.attacked())
 
 
@@ -75,11 +87,7 @@ class Assessment(Measurements):
         """
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         check_data(self.folder, self.stages, self.splits)
-        now = {"source": self.model, "files": _files(self.model)}
-        if self.stages.run("model", lambda: now) != now:
-            raise ModelError(
-                f"{self.folder}: holds figures of another model than {self.model} is now; choose another --out"
-            )
+        check_models(self.folder, self.stages, {"model": self.model})
 
     def evaluated(self) -> dict[str, Any]:
         """Columns and attacks of every model."""
@@ -180,13 +188,6 @@ def _taken(out: Path, adds: str, recipe: Recipe) -> bool:
     if "recipe.yaml" not in found or found - {other, "recipe.yaml", "environment.json", "checkpoints"}:
         return bool(found)
     return (out / "recipe.yaml").read_text(encoding="utf-8") != recipe.to_yaml()
-
-
-def _files(source: str) -> list[list[Any]]:
-    """Name, size and time of what a folder's model is loaded from; nothing of a hub id."""
-    files = sorted(Path(source).iterdir()) if os.path.isdir(source) else []
-    read = [file for file in files if file.suffix in LOADED and file.is_file()]
-    return [[file.name, (about := file.stat()).st_size, about.st_mtime_ns] for file in read]
 
 
 def _checkpoint(model: str, adapter: Adapter) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -73,18 +75,17 @@ def looked_at(recipe: Recipe, adapter: Adapter, anatomy: Anatomy, splits: Splits
     if is_tiny(recipe.model.source) and recipe.teach is not None and isinstance(recipe.data, CelebsData):
         built = untaught(adapter, recipe, splits, "cpu")
         return built, tokens_of(splits, built, built.processor)
-    processor = local_processor(recipe.model.source)
-    return anatomy, assumed(anatomy) if processor is None else tokens_of(splits, anatomy, processor)
+    return anatomy, tokens_of(splits, anatomy, local_processor(recipe.model.source))
 
 
 def tokens_of(splits: Splits, anatomy: Anatomy, processor: Any) -> Tokens:
-    """The tokens of the pairs that unlearning sees most of."""
+    """The tokens of the pairs that unlearning sees most of; assumed where there is no processor, or none that can."""
     pairs = [pair for pair in splits.retain if pair.photos] or list(splits.retain)
-    photos = {key for pair in (*splits.forget, *splits.retain) for key in pair.photo_keys}
-    try:
-        return counted(anatomy, processor, pairs, len(photos))
-    except AdapterError:
-        return assumed(anatomy)
+    photos = len({key for pair in (*splits.forget, *splits.retain) for key in pair.photo_keys})
+    if processor is not None:
+        with suppress(AdapterError):
+            return counted(anatomy, processor, pairs, photos)
+    return replace(assumed(anatomy), photos=photos)
 
 
 def local_processor(source: str) -> Any:

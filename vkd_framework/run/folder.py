@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -15,10 +17,13 @@ from pydantic import ValidationError
 from vkd_framework import ranks
 from vkd_framework.checkpoint import Stages
 from vkd_framework.data import content_digest
-from vkd_framework.errors import DataError, RecipeError
+from vkd_framework.errors import DataError, ModelError, RecipeError
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe
 from vkd_framework.types import Splits
+
+LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""What the files end with that a model and its processor are loaded from."""
 
 
 def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
@@ -102,3 +107,23 @@ def check_data(folder: Path, stages: Stages, splits: Splits) -> None:
     now = content_digest(splits)
     if stages.run("data", lambda: now) != now:
         raise DataError(f"{folder}: the data changed since this began; put them back, or start anew in another --out")
+
+
+def check_models(folder: Path, stages: Stages, sources: Mapping[str, str]) -> None:
+    """Raise ModelError when what is in `folder` began with another model in one of `sources`: key -> folder or hub id.
+
+    Files in a folder are known by name, size and time; of a hub id only the id.
+    """
+    now = {key: [source, _files(source)] for key, source in sources.items()}
+    began = stages.run("models", lambda: now)
+    if changed := [key for key in now if began.get(key) != now[key]]:
+        raise ModelError(
+            f"{folder}: began with another {changed[0]} than {sources[changed[0]]} is now; put its files back, or "
+            "start anew in another --out"
+        )
+
+
+def _files(source: str) -> list[list[Any]]:
+    files = sorted(Path(source).iterdir()) if os.path.isdir(source) else []
+    read = [file for file in files if file.suffix in LOADED and file.is_file()]
+    return [[file.name, (about := file.stat()).st_size, about.st_mtime_ns] for file in read]

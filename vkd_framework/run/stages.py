@@ -25,9 +25,9 @@ from vkd_framework.layers_table import describe, plan
 from vkd_framework.machine import environment, resident_memory
 from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.progress import log_to, say
-from vkd_framework.recipe import find_recipe, load_recipe
+from vkd_framework.recipe import find_recipe, is_tiny, load_recipe
 from vkd_framework.run.checks import check_model, checked
-from vkd_framework.run.folder import check_data, held, make, run_folder
+from vkd_framework.run.folder import check_data, check_models, held, make, run_folder
 from vkd_framework.run.measurements import Measurements
 from vkd_framework.run.metrics import cost_of, metrics_of
 from vkd_framework.types import PARTS, AttackCurve, ImageQuestionPair
@@ -63,7 +63,7 @@ def dry_run(
 
 
 def run(
-    reference: str, overrides: tuple[str, ...] = (), *, out: Path | None = None, resume: bool = False
+    reference: str, overrides: tuple[str, ...] = (), *, out: Path | str | None = None, resume: bool = False
 ) -> tuple[dict[str, Any], Path]:
     """Do the whole run; returns its metrics and its folder. Nothing is written before everything is checked.
 
@@ -72,7 +72,7 @@ def run(
     and ProofError after everything was written, when the result must not be used.
     """
     recipe, adapter = checked(reference, overrides)
-    folder = ranks.once(lambda: run_folder(recipe, out, resume))
+    folder = ranks.once(lambda: run_folder(recipe, None if out is None else Path(out), resume))
     splits = data.load(recipe.data)
     relearn.attackers(recipe.relearn, splits)
     if recipe.teacher.kind == "external" and recipe.distilled:
@@ -94,10 +94,12 @@ class Run(Measurements):
     def all(self) -> dict[str, Any]:
         """Every stage in order; returns the metrics.
 
-        Raises DataError when the run began with other data, ProofError after the report when a proof failed.
+        Raises DataError or ModelError when the run began with other data or another model, ProofError after the report
+        when a proof failed.
         """
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         check_data(self.folder, self.stages, self.splits)
+        check_models(self.folder, self.stages, self.sources)
         write_text(self.folder / "recipe.source.yaml", self.source_text)
         write_json(self.folder / "environment.json", environment(self.device))
         expected = self.stages.run("estimate", self._estimate)
@@ -137,6 +139,15 @@ class Run(Measurements):
                 f"{self.folder}: proof failed: {', '.join(broken)}; see report.html. The result must not be used"
             )
         return metrics
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What is loaded that this run does not make itself: key of the recipe -> folder or hub id."""
+        source, teacher = self.recipe.model.source, self.recipe.teacher
+        found = {} if is_tiny(source) else {"model.source": source}
+        if teacher.kind == "ignorant" and teacher.source is not None and teacher.source != "retain_only":
+            found["teacher.source"] = teacher.source
+        return found
 
     def _estimate(self) -> dict[str, float]:
         """What the run is expected to cost, before anything is loaded."""
