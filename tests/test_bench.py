@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,20 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from vkd_framework.bench import command, export, frontier, page, terminal
+from vkd_framework.bench import cells, command, export, frontier, loop, page, terminal
+from vkd_framework.bench.cells import Cell
 from vkd_framework.bench.estimates import Comparison, compare, estimate
 from vkd_framework.bench.figures import Figure, Value, figures
 from vkd_framework.bench.layout import caption, cell, sections
-from vkd_framework.bench.records import Record, find, gather
+from vkd_framework.bench.records import MAPPINGS, Record, find, gather
 from vkd_framework.bench.verdict import dominates, verdict
 from vkd_framework.bench.verdict import frontier as frontier_of
 from vkd_framework.checkpoint import write_json
 from vkd_framework.cli import main
 from vkd_framework.errors import RecipeError
 from vkd_framework.intervals import student, student_quantile, wilson
+from vkd_framework.recipe import Recipe, load_recipe
+from vkd_framework.report.formatting import flatten
 
 SHARE = Figure("retain_vqa.exact_match", "Retain VQA", "share", "higher")
 STEPS = (10, 30)
@@ -235,6 +238,65 @@ def test_a_run_of_an_older_version_is_told_apart_by_a_key_that_it_did_not_have(t
     ]
 
 
+def run_with(settings: Mapping[str, Any], seed: int = 0, method: str = "vkd", **figures: Any) -> Record:
+    """A run of a recipe with these sections."""
+    return Record(Path(f"run{seed}"), made(method, seed, **figures), dict(flatten(settings)))
+
+
+RETAINED = {"others": 0.9, "forgotten": 0.1}
+TAUGHT = {"steps": 500, "shares": {"names": 0.6, "text": 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "variants"),
+    [
+        (
+            {"unlearn": {"retain_shares": None}},
+            {"unlearn": {"retain_shares": RETAINED}},
+            ["unlearn.retain_shares=\N{EN DASH}", "unlearn.retain_shares={forgotten: 0.1, others: 0.9}"],
+        ),
+        (
+            {"unlearn": {"retain_shares": {"others": 0.9, "strangers": 0.1}}},
+            {"unlearn": {"retain_shares": RETAINED}},
+            [
+                "unlearn.retain_shares={others: 0.9, strangers: 0.1}",
+                "unlearn.retain_shares={forgotten: 0.1, others: 0.9}",
+            ],
+        ),
+        (
+            {"unlearn": {"steps": 9}, "teach": None},
+            {"unlearn": {"steps": 9}, "teach": TAUGHT},
+            ["teach=\N{EN DASH}", "teach={shares: {names: 0.6, text: 0.4}, steps: 500}"],
+        ),
+    ],
+)
+def test_a_setting_that_is_null_or_has_other_keys_tells_runs_apart(
+    one: dict[str, Any], other: dict[str, Any], variants: list[str]
+) -> None:
+    (group,) = gather([run_with(one, 0), run_with(other, 1)])
+    assert [row.variant for row in group.rows] == variants
+
+
+def test_a_key_that_a_record_of_an_older_version_has_not_tells_none_apart_even_beside_null() -> None:
+    with_rank = {"teach": TAUGHT | {"warmup": 0}, "unlearn": {"retain_shares": None}}
+    runs = [{"teach": TAUGHT, "unlearn": {"steps": 9}}, with_rank, {"teach": None, "unlearn": {"steps": 9}}]
+    (group,) = gather([run_with(settings, seed) for seed, settings in enumerate(runs)])
+    assert [(row.variant, row.seeds) for row in group.rows] == [("", (0, 1)), ("teach=\N{EN DASH}", (2,))]
+
+
+def test_every_setting_with_keys_of_the_users_choice_is_compared_as_one_value() -> None:
+    schema = Recipe.model_json_schema()
+    sections = {name: value.get("$ref", "").rpartition("/")[2] for name, value in schema["properties"].items()}
+    sections |= {"teach": "TeachConfig"}
+    found = {
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, value in schema["$defs"].get(section, {}).get("properties", {}).items()
+        if any(kind.get("type") == "object" for kind in (value, *value.get("anyOf", ())))
+    }
+    assert found == set(MAPPINGS)
+
+
 def test_the_same_run_twice_is_refused_and_the_same_folder_twice_is_one() -> None:
     with pytest.raises(RecipeError, match=r"one and two: both are vkd with seed 0 .* give one of them"):
         gather([Record(Path("one"), made("vkd")), Record(Path("two"), made("vkd"))])
@@ -291,6 +353,53 @@ def test_a_reference_counts_once_however_many_runs_repeat_it() -> None:
     found = never.estimates["test_vqa.exact_match"]
     assert (found.mean, found.source, found.seeds) == (0.03, "questions", 1)
     assert "cost.unlearn_seconds" not in vanilla.estimates
+
+
+def started(people: int, guessed: float, kept: float, **more: Any) -> list[Record]:
+    """Three runs with so many people, whom the model that never knew names so often; what both references keep."""
+    runs = [run_with({"data": {"people": people}, "unlearn": {"steps": 9}}, seed, **more) for seed in (0, 1, 2)]
+    for run in runs:
+        run.metrics["models"]["vanilla"] = columns(1.0, kept)
+        run.metrics["models"]["retain_only"] = columns(guessed, kept)
+    return runs
+
+
+def test_models_that_no_method_made_have_a_row_for_each_data_and_starting_model() -> None:
+    (group,) = gather([*started(32, 0.02, 0.9), *started(64, 0.1, 0.6)[:2], *started(32, 0.02, 0.9, method="npo")])
+    comparison = compare(group)
+    assert [(line.label, line.mean("retain_vqa.exact_match")) for line in comparison.references] == [
+        ("vanilla", 0.9),
+        ("retain-only", 0.9),
+        ("vanilla (data.people=64)", 0.6),
+        ("retain-only (data.people=64)", 0.6),
+    ]
+    assert {line.estimates["test_vqa.exact_match"].seeds for line in comparison.references} == {1}
+    assert [line.label for line in comparison.lines] == ["vkd", "vkd (data.people=64)", "npo"]
+
+
+def test_runs_of_one_start_share_a_reference_whatever_else_differs_and_whoever_says_no_settings() -> None:
+    runs = [run_with({"data": {"people": 32}, "unlearn": {"steps": steps}}, steps) for steps in (1, 2)]
+    older = run_with({"data": {"people": 32, "strangers": 8}, "unlearn": {"steps": 2}}, 3)
+    (group,) = gather([*runs, older, Record(Path("bare"), made("vkd", 9)), Record(Path("other"), made("npo"))])
+    assert [line.label for line in compare(group).references] == ["vanilla", "retain-only"]
+
+
+def test_forgetting_is_held_against_the_model_that_never_knew_of_the_same_start() -> None:
+    level = {"attacked": (0.2, 0.4), "never": (0.2, 0.4)}
+    few, many = started(32, 0.0, 0.9, test=0.1, **level), started(64, 0.2, 0.9, test=0.15, **level)
+    (group,) = gather([*few, *many])
+    comparison = compare(group)
+    assert "Beaten by no other: vkd (data.people=64); beaten: vkd (data.people=32)" in " ".join(
+        verdict(comparison, "vkd")
+    )
+    (group,) = gather([*started(32, 0.1, 0.9, test=0.1, **level), *many])
+    assert "beaten:" not in " ".join(verdict(compare(group), "vkd")), "both answer no more than who never knew"
+
+
+def test_the_pictures_have_a_level_only_where_all_starts_have_the_same() -> None:
+    (group,) = gather([*started(32, 0.02, 0.9), *started(64, 0.1, 0.9)])
+    plot = frontier.plots(compare(group), "vkd")[0]
+    assert plot.x_level is None and plot.y_level is not None
 
 
 @pytest.mark.parametrize(
@@ -457,6 +566,31 @@ def test_the_terminal_table_fits_120_columns_and_has_a_line_for_everybody() -> N
     assert len(table) >= 10
     assert max(map(len, table)) <= 120
     assert "5.0 2.5-7.5" in text
+
+
+def on_the_terminal(*settings: Mapping[str, Any]) -> list[str]:
+    """The rows of vkd with these settings."""
+    (group,) = gather([run_with(one, seed) for seed, one in enumerate(settings)])
+    text = terminal.table([compare(group)], "vkd")
+    assert max(map(len, text.splitlines())) <= 120
+    return [line for line in text.splitlines() if line.startswith("vkd") and "%" not in line and "+" in line]
+
+
+def test_rows_that_differ_in_a_setting_with_a_long_name_show_its_value_on_the_terminal() -> None:
+    rows = on_the_terminal(*({"simulated_attack": {"learning_rate": n / 1000}} for n in (1, 2)))
+    assert [re.split(r"\s{2,}", row)[0].endswith(f"=0.00{n})") for n, row in enumerate(rows, 1)] == [True, True], rows
+
+
+def test_rows_that_look_alike_once_they_are_cut_are_numbered_and_told_below() -> None:
+    choices = [(1, 0.5, "everything"), (2, 0.5, "everything"), (1, 0.1, "all or nothing"), (1, 0.2, "all or nothing")]
+    settings = [{"simulated_attack": dict(zip(("steps", "rate", "scope"), one, strict=True))} for one in choices]
+    (group,) = gather([run_with(one, seed) for seed, one in enumerate(settings)])
+    text = terminal.table([compare(group)], "vkd")
+    rows = re.findall(r"^(vkd .*?)\s{2,}", text, flags=re.MULTILINE)
+    assert len(set(rows)) == len(rows) == 4
+    for number, line in enumerate(compare(group).lines, 1):
+        assert rows[number - 1].endswith(f"[{number}]")
+        assert f"[{number}] {line.label}" in " ".join(text.split())
 
 
 def test_markdown_holds_the_command_and_every_method() -> None:
@@ -629,3 +763,122 @@ def test_verdicts_are_counted_for_each_method() -> None:
     runs = [made("vkd", seed=seed) | {"verdict": {"kind": kind}} for seed, kind in enumerate(("forgotten", "hidden"))]
     sentences = verdict(compared(*runs, made("ga") | {"verdict": {"kind": "not_forgotten"}}, made("old")), "vkd")
     assert "Verdicts, with the number of runs: vkd: forgotten 1, hidden 1; ga: not forgotten 1." in sentences
+
+
+def planned(out: Path, *overrides: str, method: str = "vkd", seed: int = 0) -> Cell:
+    """A cell of a bench of a shipped recipe."""
+    settings = (f"method={method}", f"seed={seed}", *overrides)
+    recipe = load_recipe("qwen2vl_celeb", settings)
+    return Cell("qwen2vl_celeb", settings, recipe.name, method, seed, recipe.digest(), out)
+
+
+def finish(cell: Cell) -> None:
+    """Leave in the folder of the cell what tells a finished run."""
+    write_json(cell.folder / "metrics.json", made(cell.method, cell.seed, recipe=cell.recipe))
+    (cell.folder / "recipe.yaml").write_text(load_recipe(cell.reference, cell.overrides).to_yaml())
+    (cell.folder / "model").mkdir()
+    (cell.folder / "model" / "README.md").write_text("card")
+
+
+def benched(
+    monkeypatch: pytest.MonkeyPatch, found: list[Cell], *overrides: str, only_list: bool = False
+) -> tuple[str, list[str]]:
+    """What a bench with these cells prints, and the cells that it set out to do; none of them gets further."""
+    begun: list[str] = []
+    told: list[str] = []
+    monkeypatch.setattr(cells, "plan", lambda *_: found)
+    monkeypatch.setattr(loop, "work", lambda todo: begun.extend(cell.name for cell in todo if not cell.finished()))
+    command.bench(["mine"], None, [0], overrides, found[0].out, {}, only_list=only_list, echo=told.append)
+    return "\n".join(told), begun
+
+
+def tables(out: Path) -> str:
+    """Everything that a bench writes into its folder to be shown to others."""
+    return "".join((out / name).read_text() for name in command.FILES.values())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data={kind: jsonl, rows: /home/jane/people.jsonl, forget: [Jane Roe]}",
+        "data.forget=[Jane Roe]",
+        " data.forget =Jane.txt",
+        "data.forget.0=Jane Roe",
+        "data.rows=/home/jane/people.jsonl",
+        "data.images=jane",
+    ],
+)
+def test_neither_names_nor_files_of_a_users_own_people_are_in_the_command_of_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    cell = planned(tmp_path)
+    finish(cell)
+    benched(monkeypatch, [cell], override, "data.seed=7")
+    assert not re.search("jane|roe|people.jsonl", tables(tmp_path), flags=re.IGNORECASE)
+    assert "data.seed=7" in tables(tmp_path)
+
+
+def test_how_many_are_forgotten_is_in_the_command_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = planned(tmp_path)
+    finish(cell)
+    benched(monkeypatch, [cell], "data.forget=2")
+    assert "--set data.forget=2" in (tmp_path / "table.md").read_text()
+
+
+def test_why_a_cell_failed_is_told_on_the_terminal_and_not_in_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, failed = planned(tmp_path), planned(tmp_path, seed=1)
+    finish(done)
+    failed.error.parent.mkdir()
+    failed.error.write_text("data.forget: no row has the subject 'Jane Row'; the nearest is 'Jane Roe'\n")
+    told, _ = benched(monkeypatch, [done, failed])
+    assert f"left out: {failed.name}: data.forget: no row has the subject 'Jane Row'" in told
+    assert "Jane" not in tables(tmp_path)
+    for name in ("table.md", "table.html"):
+        text = (tmp_path / name).read_text().replace("\\", "")
+        assert f"{failed.name}: failed; the reason is in .cells/{failed.name}.error" in text
+
+
+def test_a_bench_over_runs_of_other_settings_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1):
+        finish(planned(tmp_path, seed=seed))
+    now = [planned(tmp_path, "unlearn.steps=7", seed=seed) for seed in (0, 1, 2)]
+    with pytest.raises(RecipeError) as refused:
+        benched(monkeypatch, now)
+    assert str(refused.value) == (
+        f"{now[0].folder}: holds a run of other settings, like 1 more of the 3 cells; "
+        "go on with the recipe and the --set that made it, or give another --out"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [now[0].name, now[1].name]
+    told, _ = benched(monkeypatch, now, only_list=True)
+    assert [re.split(r"\s{2,}", line)[1] for line in told.splitlines()] == [*["of other settings"] * 2, "to do"]
+
+
+def test_a_folder_whose_recipe_cannot_be_read_is_no_run_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = planned(tmp_path)
+    finish(cell)
+    (cell.folder / "recipe.yaml").write_text("name: another\n")
+    assert cell.status() == ("interrupted", "")
+    assert benched(monkeypatch, [cell])[1] == [cell.name]
+
+
+def test_a_bench_without_a_finished_run_leaves_the_tables_that_are_there_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = planned(tmp_path)
+    benched(monkeypatch, [cell])
+    assert json.loads((tmp_path / "cells.json").read_text()) == []
+    for name in command.FILES.values():
+        (tmp_path / name).unlink()
+    finish(cell)
+    benched(monkeypatch, [cell])
+    before = tables(tmp_path)
+    (cell.folder / "metrics.json").unlink()
+    told, begun = benched(monkeypatch, [cell])
+    assert begun == [cell.name] and f"left as they were: {tmp_path / 'cells.json'}" in told
+    assert tables(tmp_path) == before

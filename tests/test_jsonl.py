@@ -195,6 +195,45 @@ def test_a_forgotten_person_is_not_kept_under_another_spelling(folder: Folder, o
     assert folder.load(forget=(NAMES[0], other)).forget_subjects == (NAMES[0], other)
 
 
+LOOK_ALIKE: dict[str, tuple[str, str, str]] = {
+    "a zero-width blank": ("Jane Roe", "Jane\u200b Roe", r"'Jane\u200b Roe'"),
+    "a soft hyphen": ("Jane Roe", "Jane\u00ad Roe", r"'Jane\xad Roe'"),
+    "a mark of direction": ("Jane Roe", "Jane Roe\u200e", r"'Jane Roe\u200e'"),
+    "a byte order mark": ("Jane Roe", "\ufeffJane Roe", r"'\ufeffJane Roe'"),
+    "a wide letter": ("Jane Roe", "\uff2aane Roe", r"'\uff2aane Roe'"),
+    "a curly apostrophe": ("O'Brien, Pat", "O\u2019Brien, Pat", r"'O\u2019Brien, Pat'"),
+    "a letter for an apostrophe": ("O'Brien, Pat", "O\u02bcBrien, Pat", r"'O\u02bcBrien, Pat'"),
+    "curly quotes": ('Jane "Jay" Roe', "Jane \u201cJay\u201d Roe", r"'Jane \u201cJay\u201d Roe'"),
+    "another hyphen": ("Ann-Mary Roe", "Ann\u2011Mary Roe", r"'Ann\u2011Mary Roe'"),
+    "a dash": ("Ann-Mary Roe", "Ann\u2013Mary Roe", r"'Ann\u2013Mary Roe'"),
+    "something between a letter and its accent": ("Jos\u00e9 Roe", "Jose\u200d\u0301 Roe", r"'Jose\u200d\u0301 Roe'"),
+    "letters of no European script": ("\u5f20\u4f1f", "\u5f20\u200b\u4f1f", "'\u5f20\\u200b\u4f1f'"),
+}
+
+
+@pytest.mark.parametrize("case", LOOK_ALIKE)
+def test_a_name_that_differs_in_what_is_hard_to_see_is_refused_and_shows_it(folder: Folder, case: str) -> None:
+    plain, typed, shown = LOOK_ALIKE[case]
+    rows = folder.good_rows()
+    people = [*({**row, "subject": plain} for row in rows[:4]), *({**row, "subject": typed} for row in rows[4:8])]
+    folder.rows(*people, *rows[8:])
+    message = folder.error(forget=[plain])
+    assert message.startswith(f"rows.jsonl:5: subject {shown} would be kept, but only") and "\n" not in message
+    assert "in data.forget; write both alike, or name both there" in message
+    assert folder.load(forget=[plain, typed]).forget_subjects == (plain, typed)
+    assert "rows.jsonl:1: subject" in folder.error(forget=[typed])
+
+
+@pytest.mark.parametrize("other", ["Jan Roe", "Jane-Roe", "Jan\u00e9 Roe", "Jane Roe Jr."])
+def test_a_name_in_other_letters_is_somebody_else(folder: Folder, other: str) -> None:
+    rows = folder.good_rows()
+    folder.rows(
+        *({**row, "subject": name} for row, name in zip(rows[:8], ["Jane Roe"] * 4 + [other] * 4, strict=True)),
+        *rows[8:],
+    )
+    assert {pair.subject for pair in folder.load(forget=["Jane Roe"]).retain} >= {other}
+
+
 def test_a_name_is_the_same_however_its_letters_are_put_together(folder: Folder) -> None:
     whole, apart = (unicodedata.normalize(form, "José Núñez") for form in ("NFC", "NFD"))
     rows = folder.good_rows()
@@ -408,8 +447,20 @@ def test_a_row_that_shows_photos_of_both_splits_is_reported(folder: Folder) -> N
     )
 
 
+DEEP = 200_000
+"""Deeper than any Python's JSON is read."""
+
 BROKEN = {
     "invalid JSON": ('{"question": "a", ', "not valid JSON"),
+    "a key twice": (
+        '{"question": "Who?", "answer": "a", "subject": "Mara Velin", "subject": "Toren Halvik"}',
+        "key 'subject' is given more than once; keep one",
+    ),
+    "a key twice in an object within": ('{"answer": {"a": 1, "a": 2}}', "key 'a' is given more than once; keep one"),
+    "a key twice and no question": ('{"answer": "a", "answer": "b"}', "keep one; question is missing"),
+    "a number too long": ('{"answer": ' + "1" * 5000 + "}", "holds a number of more than 4300 digits; write it as"),
+    "lists within lists": ('{"options": ' + "[" * DEEP + "]" * DEEP + "}", "within each other, too deep to be read"),
+    "objects within objects": ('{"a": ' * DEEP + "1" + "}" * DEEP, "within each other, too deep to be read"),
     "no object": ("[1, 2]", "a list given, allowed: an object"),
     "unknown key": ({"qestion": "x"}, "unknown key 'qestion', the nearest is 'question'"),
     "no question": ({"question": None}, "question is missing"),
@@ -472,6 +523,12 @@ def test_a_broken_row_is_reported_with_its_line_and_what_is_allowed(folder: Fold
     first, second = folder.error().splitlines()
     assert first == "rows.jsonl: 1 broken row (of 21); mend or remove them:"
     assert second.startswith("rows.jsonl:22: ") and complaint in second
+
+
+@pytest.mark.parametrize("depth", range(800, 1001, 20))
+def test_a_row_as_deep_as_can_just_be_read_is_reported_too(folder: Folder, depth: int) -> None:
+    folder.rows(*folder.good_rows(), '{"options": ' + "[" * depth + "]" * depth + "}")
+    assert "rows.jsonl: 1 broken row (of 21)" in folder.error()
 
 
 def test_all_broken_rows_and_unknown_names_are_reported_together(folder: Folder) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,38 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+NO_NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
+    "of steps": ({"unlearn": {"steps": True}}, "unlearn.steps: should be a number, which true and false are not"),
+    "of the seed": ({"seed": False}, "seed: should be a number, which true and false are not (given: False)"),
+    "of a share that may be null": ({"unlearn": {"retain_floor": True}}, "unlearn.retain_floor: should be a number"),
+    "of a number that may be names": ({"data": {"kind": "celebs", "forget": True}}, "data.forget: should be a number"),
+    "of per cents": (
+        {"data": {"kind": "clear", "forget": True}, "teach": None, "model": {"source": "a/b"}},
+        "data.forget: should be a number",
+    ),
+    "in a list": ({"relearn": {"steps": [True, 5]}}, "relearn.steps.0: should be a number"),
+    "in a mapping": ({"teach": {"shares": {"names": True}}}, "teach.shares.names: should be a number"),
+    "of no name": ({"teach": {"shares": {None: True}}}, "teach.shares.None: should be a number"),
+    "of an attack": ({"attacks": [{"kind": "noise", "spread": True}]}, "attacks.0.spread: should be a number"),
+    "for one method": (
+        {"for_methods": {"ga": {"unlearn": {"steps": True}}}},
+        "for_methods.ga.unlearn.steps: should be a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_NUMBERS)
+def test_a_truth_value_in_place_of_a_number_is_refused(tmp_path: Path, case: str) -> None:
+    changes, fragment = NO_NUMBERS[case]
+    message = refusal(written(tmp_path, **changes))
+    assert f"mine.yaml: {fragment}" in message and f"(given: {'seed' not in changes})" in message
+
+
+def test_a_truth_value_stays_one_where_one_is_due(tmp_path: Path) -> None:
+    path = written(tmp_path, unlearn={"master_weights": False})
+    assert not load_recipe(str(path), ["relearn.master_weights=no"]).relearn.master_weights
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_recipe_is_one_line_that_names_place_and_mend(tmp_path: Path, case: str) -> None:
     changes, fragments = BROKEN[case]
@@ -311,6 +344,39 @@ def test_a_key_beside_the_ones_that_an_anchor_brings_is_no_second_one(tmp_path: 
     shared = "for_methods:\n  ga: &ga {unlearn: &few {steps: 5, clip: 2}}\n  npo:\n    unlearn: {<<: *few, steps: 7}\n"
     path = written(tmp_path, yaml.safe_dump(MINIMAL) + shared)
     assert load_recipe(str(path), ["method=npo"]).unlearn.steps == 7
+
+
+OTHER_NUMBERS = {
+    "010": "YAML reads 010 with its leading 0 as 8; write 10 or 8, or '010' for a text",
+    "-0_10": "YAML reads -0_10 with its leading 0 as -8; write -10 or -8, or '-0_10' for a text",
+    "1:30": "YAML reads 1:30 as 90, in sixties; write 90, or '1:30' for a text",
+    "1:30.5": "YAML reads 1:30.5 as 90.5, in sixties; write 90.5, or '1:30.5' for a text",
+}
+
+
+@pytest.mark.parametrize("number", OTHER_NUMBERS)
+def test_a_number_that_yaml_reads_as_another_is_refused_with_both(tmp_path: Path, number: str) -> None:
+    expected = OTHER_NUMBERS[number]
+    path = written(tmp_path, f"name: mine\nunlearn:\n  clip: {number}\n")
+    assert refusal(path) == f"{path}: line 3: unlearn.clip: {expected}"
+    path = written(tmp_path, f"name: mine\nrelearn: {{steps: [5, {number}]}}\n")
+    assert refusal(path) == f"{path}: line 2: relearn.steps: {expected}"
+    assert refusal(written(tmp_path), f"seed={number}") == f"--set seed={number}: line 1: {expected}"
+
+
+def test_numbers_that_yaml_reads_as_they_are_written_are_taken(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        str(written(tmp_path)), ["seed=1_000", "unlearn.clip=0.5", "unlearn.warmup=0", "teach.seed=08"]
+    )
+    assert (recipe.seed, recipe.unlearn.clip, recipe.unlearn.warmup) == (1000, 0.5, 0)
+    assert recipe.teach is not None and recipe.teach.seed == 8
+    assert load_recipe(str(written(tmp_path)), ["data.forget=['007']"]).data.forget == ("007",)
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "1" * 5000])
+def test_what_yaml_takes_for_a_date_or_a_number_and_cannot_read_is_refused(tmp_path: Path, value: str) -> None:
+    assert "not valid YAML" in refusal(written(tmp_path, f"name: {value}"))
+    assert "not valid YAML" in refusal(written(tmp_path), f"name={value}")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
@@ -486,7 +552,7 @@ def test_overrides_reach_every_depth_and_the_last_one_wins(tmp_path: Path) -> No
     assert [phase.forget for phase in recipe.unlearn.phases] == [0.125, 0.5]
     assert recipe.layers == ("vision.2",)
     assert recipe.train == ("projector",)
-    assert recipe.model.source == "../other"  # from the command line: relative to the working folder
+    assert recipe.model.source == str(Path("../other").resolve())  # of the command line: relative to the working folder
     assert recipe.mask.density == 0.5
 
 
@@ -509,10 +575,70 @@ def test_relative_paths_in_a_recipe_start_at_the_recipe(tmp_path: Path, monkeypa
     assert recipe.data.images == tmp_path / "photos"
     assert recipe.data.forget == tmp_path / "names.txt"
     assert recipe.model.source == str(tmp_path / "model")
-    given = load_recipe(str(path), ["data.rows=here.jsonl", "data.forget=[Jane Roe]"])
-    assert given.data.kind == "jsonl"
-    assert given.data.rows == Path("here.jsonl")
-    assert given.data.forget == ("Jane Roe",)
+
+
+ANCHORED: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "rows": (("data.rows=people.jsonl",), "data.rows", "people.jsonl"),
+    "images": (("data.images=photos",), "data.images", "photos"),
+    "a file of names": (("data.forget=names.txt",), "data.forget", "names.txt"),
+    "a whole section": (("data={kind: jsonl, rows: sub/a.jsonl, forget: [A]}",), "data.rows", "sub/a.jsonl"),
+    "a section changed after": (("data={kind: jsonl, rows: a, forget: [A]}", "data.rows=b"), "data.rows", "b"),
+    "a benchmark": (("data={kind: clear, source: ./CLEAR}",), "data.source", "CLEAR"),
+    "a model": (("model.source=./model",), "model.source", "model"),
+    "a model's section": (("model={source: ./model}",), "model.source", "model"),
+    "a teacher": (("teacher={kind: ignorant, source: ./other}",), "teacher.source", "other"),
+    "a method's teacher": (
+        ("for_methods.vkd.teacher={kind: ignorant, source: ./other}",),
+        "teacher.source",
+        "other",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ANCHORED)
+def test_relative_paths_of_overrides_start_at_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    overrides, key, expected = ANCHORED[case]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    data = {"kind": "jsonl", "rows": "rows.jsonl", "forget": ["Jane Roe"]}
+    recipe = load_recipe(str(written(tmp_path, data=data, teach=None, model={"source": "a/b"})), overrides)
+    assert str(reduce(getattr, key.split("."), recipe)) == str(tmp_path.resolve() / "here" / expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("model.source=Qwen/Qwen2-VL-2B-Instruct", "model.source", "Qwen/Qwen2-VL-2B-Instruct"),
+        ("model.source=tiny:qwen2_vl", "model.source", "tiny:qwen2_vl"),
+        ("model.source=/models/a", "model.source", "/models/a"),
+        ("teacher={kind: external, source: timm/resnet10t}", "teacher.source", "timm/resnet10t"),
+        ("teacher={kind: ignorant, source: retain_only}", "teacher.source", "retain_only"),
+        ("data.forget=[Jane Roe]", "data.forget", ("Jane Roe",)),
+    ],
+)
+def test_what_an_override_gives_that_is_no_relative_path_stays(
+    tmp_path: Path, override: str, key: str, expected: object
+) -> None:
+    recipe = load_recipe(str(written(tmp_path, reference="retain_only")), [override])
+    assert reduce(getattr, key.split("."), recipe) == expected
+
+
+def test_a_name_that_is_no_file_of_names_is_shown_as_it_was_given(tmp_path: Path) -> None:
+    assert "(given: 'Jane Roe')" in refusal(written(tmp_path), "data.forget=Jane Roe")
+    path = written(tmp_path, data={"kind": "jsonl"})
+    assert "(given: 'Jane Roe')" in refusal(path, "data.forget=Jane Roe", "data.kind=celebs")
+
+
+def test_a_runs_own_recipe_is_the_same_recipe_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, teach=None, model={"source": "some/model"})
+    (run := tmp_path / "here" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(str(path), ["data={kind: jsonl, rows: people.jsonl, forget: [Jane Roe]}"])
+    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    monkeypatch.chdir("/")
+    assert load_recipe(str(run / "recipe.yaml")).digest() == recipe.digest()
 
 
 def test_a_hub_id_is_not_taken_for_a_path(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vkd_framework.run import checked, recipe_of
 CHOSEN = {"method": "--methods", "seed": "--seeds"}
 """Settings that a bench varies itself -> the option that says how."""
 
-Status = Literal["done", "running", "failed", "interrupted", "to do"]
+Status = Literal["done", "of other settings", "running", "failed", "interrupted", "to do"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Cell:
         card = self.folder / "model" / "README.md"
         return (self.folder / METRICS).exists() and card.exists() and recipe_of(self.folder) == self.digest
 
+    def of_other_settings(self) -> bool:
+        """Whether its folder holds a run, finished or not, that was made with another recipe or other settings."""
+        return recipe_of(self.folder) not in (None, self.digest)
+
     def record(self) -> Record:
         """The finished run."""
         return read(self.folder)
@@ -67,6 +71,8 @@ class Cell:
         if self.finished():
             failed = self.record().failed_proofs
             return ("failed", f"proof failed: {', '.join(failed)}") if failed else ("done", "")
+        if self.of_other_settings():
+            return "of other settings", ""
         if self._taken():
             return "running", ""
         if self.error.exists():
@@ -120,6 +126,16 @@ def plan(
             recipe, _ = checked(reference, settings)
             cells.append(Cell(reference, settings, recipe.name, method, seed, recipe.digest(), out))
     return cells
+
+
+def refuse_others(cells: Sequence[Cell]) -> None:
+    """Raise RecipeError where cells have runs of other settings in their place."""
+    if others := [cell for cell in cells if cell.of_other_settings()]:
+        more = f", like {len(others) - 1} more of the {len(cells)} cells" if others[1:] else ""
+        raise RecipeError(
+            f"{others[0].folder}: holds a run of other settings{more}; go on with the recipe and the --set that made "
+            "it, or give another --out"
+        )
 
 
 def _settings(method: str, seed: int, overrides: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vkd_framework.bench.figures import TEXT_DIFFERENCE, Figure, Value, figures
-from vkd_framework.bench.records import Group, Row
+from vkd_framework.bench.records import Group, Record, Row, labelled, starts
 from vkd_framework.bench.trials import over_forgotten, trials
 from vkd_framework.intervals import student
 
@@ -52,6 +52,8 @@ class Line:
     estimates: Mapping[str, Estimate]
     verdicts: Mapping[str, int] = field(default_factory=dict)
     """What became of the runs -> how many of them."""
+    start: str = ""
+    """What sets its starting model and data apart, where those of the recipe's runs differ."""
 
     def mean(self, key: str) -> float | None:
         """The mean of a figure; None where it was not measured."""
@@ -60,7 +62,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The lines of one recipe; `references` were made by no method, `lines` by one each."""
+    """The lines of one recipe; `references` were made by no method, `lines` by one each.
+
+    There are references for every starting model and data that the lines have.
+    """
 
     recipe: str
     references: tuple[Line, ...]
@@ -72,10 +77,10 @@ class Comparison:
         every = (estimate.figure for line in (*self.lines, *self.references) for estimate in line.estimates.values())
         return {figure.key: figure for figure in every}
 
-    @property
-    def never_knew(self) -> Line | None:
-        """The line of the model that never knew the forgotten, where a run has one."""
-        return next((line for line in self.references if line.label == REFERENCES["retain_only"]), None)
+    def reference(self, model: str, line: Line) -> Line | None:
+        """The line of a model that no method made, of the starting model and data that `line` has."""
+        label = labelled(REFERENCES[model], line.start)
+        return next((reference for reference in self.references if reference.label == label), None)
 
     def baseline(self, method: str) -> Line | None:
         """The first line of a method."""
@@ -84,13 +89,16 @@ class Comparison:
 
 def compare(group: Group) -> Comparison:
     """The lines of one recipe, the models that no method made first."""
-    metrics = [record.metrics for row in group.rows for record in row.records]
-    references = [_reference(model, label, metrics) for model, label in REFERENCES.items()]
-    return Comparison(
-        group.recipe,
-        tuple(line for line in references if line.estimates),
-        tuple(_line(row) for row in group.rows),
-    )
+    lines = [_line(row, start) for row, start in zip(group.rows, starts(group.rows), strict=True)]
+    started: dict[str, list[Record]] = {}
+    for row, line in zip(group.rows, lines, strict=True):
+        started.setdefault(line.start, []).extend(row.records)
+    references = [
+        _reference(model, start, started[start])
+        for start in sorted(started, key=lambda start: start != "")
+        for model in REFERENCES
+    ]
+    return Comparison(group.recipe, tuple(line for line in references if line.estimates), tuple(lines))
 
 
 def estimate(values: Sequence[Value]) -> Estimate:
@@ -130,18 +138,19 @@ def _meet(one: Estimate, other: Estimate) -> bool:
     return one.low <= other.high and other.low <= one.high
 
 
-def _line(row: Row) -> Line:
+def _line(row: Row, start: str) -> Line:
     kinds = [(record.metrics.get("verdict") or {}).get("kind") for record in row.records]
     verdicts = Counter(str(kind).replace("_", " ") for kind in kinds if kind is not None)
     estimates = _estimates([_told(record.metrics) for record in row.records])
-    return Line(row.label, row.method, row.seeds, estimates, verdicts)
+    return Line(row.label, row.method, row.seeds, estimates, verdicts, start)
 
 
-def _reference(model: str, label: str, metrics: Sequence[Mapping[str, Any]]) -> Line:
+def _reference(model: str, start: str, records: Sequence[Record]) -> Line:
     """A reference does not depend on method and seed; what runs say alike counts once."""
-    found = [_told(one, model) for one in metrics]
+    found = [_told(record.metrics, model) for record in records]
     distinct = {json.dumps({key: value.value for key, value in one.items()}): one for one in found if one}
-    return Line(label, None, (), _estimates(list(distinct.values())))
+    label = labelled(REFERENCES[model], start)
+    return Line(label, None, (), _estimates(list(distinct.values())), start=start)
 
 
 def _told(metrics: Mapping[str, Any], model: str = "unlearned") -> dict[str, Value]:

@@ -82,7 +82,7 @@ def _plot(comparison: Comparison, method: str, key: str, title: str, x_label: st
     lines = [line for line in comparison.lines if key in line.estimates and RETAIN in line.estimates]
     if not lines:
         return None
-    vanilla, never = (_level(comparison, label, of) for label, of in (("vanilla", RETAIN), ("retain-only", key)))
+    vanilla, never = _level(comparison, lines, "vanilla", RETAIN), _level(comparison, lines, "retain_only", key)
     if key == RECOVERY:
         never = 0.0
     x = _axis([line.estimates[key] for line in lines], never, LEFT, RIGHT)
@@ -105,8 +105,10 @@ def _plot(comparison: Comparison, method: str, key: str, title: str, x_label: st
     )
 
 
-def _level(comparison: Comparison, label: str, key: str) -> float | None:
-    return next((line.mean(key) for line in comparison.references if line.label == label), None)
+def _level(comparison: Comparison, lines: Sequence[Line], model: str, key: str) -> float | None:
+    """What a model that no method made gives; None where the lines have several that differ."""
+    found = {reference.mean(key) for line in lines if (reference := comparison.reference(model, line))}
+    return found.pop() if len(found) == 1 else None
 
 
 def _axis(estimates: Sequence[Estimate], level: float | None, start: float, end: float) -> Axis:

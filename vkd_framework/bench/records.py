@@ -30,6 +30,10 @@ SETTINGS = "settings"
 IDENTITY = ("name", "description", "method", "seed")
 NAMING = ("forget", "rows", "images")
 """What names a user's own people and files in `data`. A table tells such settings apart and does not tell them."""
+STARTING = ("data", "model", "teach", "evaluate")
+"""Sections that decide what a run's starting model and its retain-only model answer, whatever the method and seed."""
+MAPPINGS = ("teach.shares", "unlearn.retain_shares")
+"""Settings with keys of the user's choice: one that a run leaves out is a choice, and no key of a later version."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Row:
     @property
     def label(self) -> str:
         """The method's name, with what sets it apart from other rows of the same method."""
-        return f"{self.method} ({self.variant})" if self.variant else self.method
+        return labelled(self.method, self.variant)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -94,6 +98,11 @@ class Group:
 
     recipe: str
     rows: tuple[Row, ...]
+
+
+def labelled(name: str, variant: str) -> str:
+    """A name with what sets it apart."""
+    return f"{name} ({variant})" if variant else name
 
 
 def read(folder: Path) -> Record:
@@ -228,24 +237,56 @@ def _rows(method: str, records: Sequence[Record]) -> list[Row]:
     return [Row(method, variant, tuple(same[seed] for seed in sorted(same))) for variant, same in usual_first]
 
 
-def _variants(records: Sequence[Record]) -> list[str]:
+def starts(rows: Sequence[Row]) -> list[str]:
+    """For each row what sets its starting model and data apart from those of most runs."""
+    variants = iter(_variants([record for row in rows for record in row.records], STARTING))
+    found = [[next(variants) for _ in row.records] for row in rows]
+    return [next(filter(None, own), "") for own in found]
+
+
+def _variants(records: Sequence[Record], sections: Sequence[str] | None = None) -> list[str]:
     """For each run what sets it apart, as `key=value`: settings that not all runs share, and not most of them either.
 
-    A key that a run does not have sets none apart.
+    A key that a run does not have sets none apart. With `sections`, only settings of these do.
     """
-    known = [record.settings for record in records if record.settings]
-    keys = [key for key in (known[0] if known else ()) if all(key in settings for settings in known)]
+    every = _comparable([record.settings for record in records])
+    known = [settings for settings in every if settings]
+    keys = [
+        key
+        for key in (known[0] if known else ())
+        if all(key in settings for settings in known) and (sections is None or key.partition(".")[0] in sections)
+    ]
     usual = {}
     for key in keys:
         value, count = Counter(settings[key] for settings in known).most_common(1)[0]
         if 2 * count > len(known):
             usual[key] = value
     return [
-        ", ".join(f"{key}={record.settings[key]}" for key in keys if record.settings[key] != usual.get(key))
-        if record.settings
-        else ""
-        for record in records
+        ", ".join(f"{key}={settings[key]}" for key in keys if settings[key] != usual.get(key)) if settings else ""
+        for settings in every
     ]
+
+
+def _comparable(every: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The settings of runs, with one value for a mapping of the user's and for a section that another run has not."""
+    keys = {key for settings in every for key in settings}
+    nulls = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
+    found = list(every)
+    for parent in sorted({*MAPPINGS, *nulls}, key=lambda key: -key.count(".")):
+        inside = [{key for key in settings if key.startswith(f"{parent}.")} for settings in found]
+        having = [own for own in inside if own]
+        counted = set().union(*having) if parent in MAPPINGS else set.intersection(*having)
+        found = [_folded(settings, parent, own, counted) for settings, own in zip(found, inside, strict=True)]
+    return found
+
+
+def _folded(settings: Mapping[str, str], parent: str, inside: set[str], counted: set[str]) -> Mapping[str, str]:
+    """`settings` with the keys `inside` the parent as one value, which tells those that are `counted`."""
+    told = ", ".join(f"{key.removeprefix(f'{parent}.')}: {settings[key]}" for key in sorted(inside & counted))
+    folded: dict[str, str] = {}
+    for key, value in settings.items():
+        folded[parent if key in inside else key] = f"{{{told}}}" if key in inside else value
+    return folded
 
 
 def _settings(folder: Path) -> dict[str, str]:

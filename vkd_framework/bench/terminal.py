@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 
 from vkd_framework.bench.estimates import Comparison, Line
 from vkd_framework.bench.figures import TEXT_DIFFERENCE
@@ -12,7 +14,7 @@ from vkd_framework.bench.verdict import FORGET, RECOVERY, RETAIN, verdict
 from vkd_framework.report.formatting import ABSENT, NBSP
 
 WIDTH = 120
-LONGEST_NAME = 24
+LONGEST_NAME = 40
 COLUMNS = (
     (FORGET, "Test VQA", True),
     (RETAIN, "Retain VQA", True),
@@ -37,23 +39,38 @@ def _recipe(comparison: Comparison, method: str) -> str:
     keys = comparison.figures
     unneeded = "relearn.average_recovery" if RECOVERY in keys else RECOVERY
     shown = [column for column in COLUMNS if column[0] in keys and column[0] != unneeded]
-    rows = [["per cent", "seeds", *(heading for _, heading, _ in shown)]]
+    rows = [["seeds", *(heading for _, heading, _ in shown)]]
     for line in lines:
         cells = [_cell(line, key, baseline, spread=spread) for key, _, spread in shown]
-        rows.append([line.label, _seeds(line), *cells])
+        rows.append([_seeds(line), *cells])
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    widths[0] = max(8, min(widths[0], LONGEST_NAME, WIDTH - sum(widths[1:]) - (len(widths) - 1)))
+    labels = [line.label for line in lines]
+    room = max(8, min(LONGEST_NAME, WIDTH - sum(widths) - len(widths)))
+    marks = _marks(labels, room)
+    names = ["per cent", *(_cut(label, room - len(mark)) + mark for label, mark in zip(labels, marks, strict=True))]
+    longest = max(map(len, names))
     body = [
-        " ".join(
-            [
-                row[0][: widths[0]].ljust(widths[0]),
-                *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
+        " ".join([name.ljust(longest), *(text.rjust(width) for text, width in zip(row, widths, strict=True))])
+        for name, row in zip(names, rows, strict=True)
     ]
-    sentences = [textwrap.fill(sentence, WIDTH) for sentence in verdict(comparison, method)]
+    numbered = [f"{mark.strip()} {label}" for mark, label in zip(marks, labels, strict=True) if mark]
+    sentences = [textwrap.fill(sentence, WIDTH) for sentence in (*numbered, *verdict(comparison, method))]
     return "\n".join([comparison.recipe, *(line.rstrip() for line in body), *sentences])
+
+
+def _marks(labels: Sequence[str], width: int) -> list[str]:
+    """A number for each label that cannot be told from another one when cut; else nothing."""
+    cut = [_cut(label, width) for label in labels]
+    times, numbers = Counter(cut), count(1)
+    return [f" [{next(numbers)}]" if times[name] > 1 else "" for name in cut]
+
+
+def _cut(label: str, width: int) -> str:
+    """A label in at most `width` characters: what is too much goes from its middle, since its end has the value."""
+    if len(label) <= width:
+        return label
+    end = width // 2
+    return f"{label[: width - 1 - end]}…{label[len(label) - end :]}"
 
 
 def _seeds(line: Line) -> str:

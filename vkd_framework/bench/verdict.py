@@ -51,8 +51,9 @@ def frontier(points: Mapping[str, Sequence[float] | None]) -> Frontier:
 def point(line: Line, never: Line | None) -> tuple[float, float, float] | None:
     """Forgetting, keeping, standing up to the attack, each so that larger is better; None when one is missing.
 
-    `never`: the model that never knew. Answering less than it does, before the attack or after, is no gain: else a
-    model that only says wrong things of the forgotten would count as having forgotten better than never to have known.
+    `never`: the model that never knew, of the same starting model and data. Forgetting is held against it, and
+    answering less than it does, before the attack or after, is no gain: else a model that only says wrong things of the
+    forgotten would count as having forgotten better than never to have known.
     """
     forget, retain = line.mean(FORGET), line.mean(RETAIN)
     recovery = line.mean(RECOVERY if never else WITHOUT_REFERENCE)
@@ -60,13 +61,12 @@ def point(line: Line, never: Line | None) -> tuple[float, float, float] | None:
         return None
     if never is None:
         return -forget, retain, recovery
-    return -max(forget, never.mean(FORGET) or 0.0), retain, -max(recovery, 0.0)
+    return -max(forget - (never.mean(FORGET) or 0.0), 0.0), retain, -max(recovery, 0.0)
 
 
 def verdict(comparison: Comparison, method: str) -> list[str]:
     """What can be said about all three together, about `method` first, in sentences. The means are compared."""
-    never = comparison.never_knew if has_reference(comparison) else None
-    points = {line.label: point(line, never) for line in comparison.lines}
+    points = _points(comparison)
     found = frontier({line.label: points[line.label] for line in comparison.lines if line.method != ANEW})
     sentences = []
     if len(found.best) + len(found.beaten) > 1:
@@ -85,6 +85,15 @@ def verdict(comparison: Comparison, method: str) -> list[str]:
 def has_reference(comparison: Comparison) -> bool:
     """Whether every line was attacked beside a model that never knew."""
     return all(RECOVERY in line.estimates for line in comparison.lines)
+
+
+def _points(comparison: Comparison) -> Points:
+    """The point of every line, all by the same axes."""
+    nevers = [comparison.reference("retain_only", line) for line in comparison.lines]
+    known = has_reference(comparison) and all(nevers)
+    return {
+        line.label: point(line, never if known else None) for line, never in zip(comparison.lines, nevers, strict=True)
+    }
 
 
 def _about(comparison: Comparison, method: str, found: Frontier, points: Points) -> list[str]:

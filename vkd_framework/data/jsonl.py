@@ -16,7 +16,9 @@ import os
 import posixpath
 import random
 import shlex
-from collections import defaultdict
+import sys
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,6 +209,25 @@ def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+_PLAIN = {"'": "\u2018\u2019\u02bc", '"': "\u201c\u201d", "-": "\u2010\u2011\u2012\u2013\u2014\u2015"}
+_VARIANTS = str.maketrans({variant: plain for plain, variants in _PLAIN.items() for variant in variants})
+"""Quotes and dashes as a word processor writes them -> the plain ones."""
+
+
+def _as_it_looks(name: str) -> str:
+    """The name without what an eye may pass over: case, blanks, invisible characters, variants of a sign."""
+    visible = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    return _folded(unicodedata.normalize("NFKC", visible).translate(_VARIANTS))
+
+
+def _told_apart(name: str, other: str) -> str:
+    """The name in quotes, with escapes for what cannot be seen, and for signs that are not in the other name."""
+    known = other.lower()
+    return "".join(
+        letter if letter.isascii() or letter.lower() in known else ascii(letter)[1:-1] for letter in repr(name)
+    )
+
+
 class _Reader:
     """Turns lines into rows and remembers everything that is wrong with them."""
 
@@ -231,14 +252,8 @@ class _Reader:
         return row
 
     def _row(self, number: int, line: str, faults: list[str]) -> _Row | None:
-        try:
-            given = json.loads(line)
-            json.dumps(given, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            faults.append(f"not valid JSON ({error.msg} at column {error.colno})")
-            return None
-        except UnicodeEncodeError:
-            faults.append("holds half a character (an unpaired \\ud800 to \\udfff); write the whole character")
+        given = _parsed(line, faults)
+        if faults and not isinstance(given, dict):
             return None
         if not isinstance(given, dict):
             faults.append(f'{_kind_of(given)} given, allowed: an object such as {{"question": ..., "answer": ...}}')
@@ -368,6 +383,29 @@ def _verified(key: str, folder: Path) -> Photo | str:
     return photo
 
 
+def _parsed(line: str, faults: list[str]) -> Any:
+    """The value that a line stands for; `faults` takes what is wrong with it as JSON."""
+
+    def with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        faults.extend(f"key {key!r} is given more than once; keep one" for key, count in counts.items() if count > 1)
+        return dict(pairs)
+
+    try:
+        given = json.loads(line, object_pairs_hook=with_each_key_once)
+        json.dumps(given, ensure_ascii=False).encode()
+        return given
+    except json.JSONDecodeError as error:
+        faults.append(f"not valid JSON ({error.msg} at column {error.colno})")
+    except UnicodeEncodeError:
+        faults.append("holds half a character (an unpaired \\ud800 to \\udfff); write the whole character")
+    except RecursionError:
+        faults.append("holds lists or objects within each other, too deep to be read; write texts, or lists of texts")
+    except ValueError:
+        faults.append(f"holds a number of more than {sys.get_int_max_str_digits()} digits; write it as a text")
+    return None
+
+
 def _unknown_keys(given: Mapping[str, Any]) -> list[str]:
     return [
         f"unknown key {key!r}, the nearest is {difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]!r}"
@@ -435,7 +473,7 @@ def _shown(value: object) -> str:
 def _composed(value: Any) -> Any:
     """Texts in one form of Unicode, so that the same name is the same; anything else as it is, to be reported."""
     if isinstance(value, list):
-        return [_composed(one) for one in value]
+        return [composed(one) if isinstance(one, str) else one for one in value]
     return composed(value) if isinstance(value, str) else value
 
 
@@ -516,13 +554,14 @@ def _read(path: Path, key: str, expected: str) -> str:
 
 
 def _spelt_otherwise(file: str, names: Sequence[str], subjects: Mapping[str, int]) -> list[str]:
-    """Subjects who would be kept, and who are forgotten people in other letters or with other blanks."""
-    forgotten = {_folded(name): name for name in names if name in subjects}
+    """Subjects who would be kept, and who look like forgotten people, whose names are typed in another way."""
+    forgotten = {_as_it_looks(name): name for name in names if name in subjects}
     return [
-        f"{file}:{line}: subject {subject!r} would be kept, but only case or blanks differ from {name!r} in "
-        "data.forget; write both alike, or name both there"
+        f"{file}:{line}: subject {_told_apart(subject, name)} would be kept, but only case, blanks, invisible "
+        f"characters or variants of a sign differ from {_told_apart(name, subject)} in data.forget; write both alike, "
+        "or name both there"
         for subject, line in subjects.items()
-        if subject not in names and (name := forgotten.get(_folded(subject)))
+        if subject not in names and (name := forgotten.get(_as_it_looks(subject)))
     ]
 
 

@@ -14,7 +14,7 @@ from vkd_framework.errors import RecipeError, on_one_line
 from vkd_framework.recipe.for_methods import wrong_entry
 from vkd_framework.recipe.messages import SCHEMA, nearest, one_line
 from vkd_framework.recipe.once import read_yaml
-from vkd_framework.recipe.overrides import overridden, parsed
+from vkd_framework.recipe.overrides import Override, overridden, parsed
 from vkd_framework.recipe.unread import unread
 from vkd_framework.recipe.whole import Recipe
 
@@ -62,15 +62,17 @@ def _loaded(reference: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str,
     path = find_recipe(reference)
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path}: not valid YAML: {on_one_line(error)}") from None
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         holds = "nothing" if raw is None else f"a {type(raw).__name__}"
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds {holds}; {SCHEMA}")
-    _anchor_paths(raw, path.resolve().parent)
     given = [parsed(override) for override in overrides]
+    kind = _kind_of_data(raw, given)
+    _anchor_paths(raw, path.resolve().parent)
+    given = [override.changed(lambda tree: _anchor_paths(tree, Path.cwd(), kind)) for override in given]
     for override in given:
         if override.path[0] == "for_methods":
             override.apply(raw)
@@ -89,10 +91,19 @@ def _loaded(reference: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str,
     return recipe, unread(recipe, body, [over, [(f"--set {override.text}", override.tree) for override in given]])
 
 
-def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Relative paths written in a recipe are relative to the recipe; those given by --set, to the working folder."""
+def _kind_of_data(raw: dict[str, Any], overrides: Sequence[Override]) -> Any:
+    """`data.kind` as the overrides leave it."""
+    sections = [tree.get("data") for tree in (raw, *(override.tree for override in overrides))]
+    return next((data["kind"] for data in reversed(sections) if isinstance(data, dict) and "kind" in data), "jsonl")
+
+
+def _anchor_paths(raw: dict[str, Any], folder: Path, kind: Any = "jsonl") -> None:
+    """Relative paths written in a recipe are relative to the recipe; those given by --set, to the working folder.
+
+    `kind` is that of a data section that does not name its own.
+    """
     data = raw.get("data")
-    if isinstance(data, dict) and data.get("kind", "jsonl") == "jsonl":
+    if isinstance(data, dict) and data.get("kind", kind) == "jsonl":
         for key in ("rows", "images", "forget"):
             if isinstance(data.get(key), str):
                 data[key] = str(folder / data[key])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -50,6 +50,12 @@ class Override:
         else:
             raise RecipeError(f"--set {self.text}: {'.'.join(parents)!r} is a plain value and has no {last!r}")
 
+    def changed(self, change: Callable[[dict[str, Any]], None]) -> Override:
+        """The override with the value that `change` makes of it in its `tree`."""
+        tree = deepcopy(self.tree)
+        change(tree)
+        return replace(self, value=reduce(lambda place, name: place[name], self.path, tree))
+
     def _item(self, place: Any, name: str) -> Any:
         if not isinstance(place, list):
             raise RecipeError(f"--set {self.text}: there is nothing below a plain value to set {name!r} in")
@@ -65,7 +71,7 @@ def parsed(text: str) -> Override:
         raise RecipeError(f"--set {text}: write it as key=value, for example --set losses.repel.weight=0")
     try:
         return Override(text, tuple(key.strip().split(".")), read_yaml(value))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"--set {text}: the value is not valid YAML; quote it, or write a list as [a, b]") from None
     except RecipeError as error:
         raise RecipeError(f"--set {text}: {error}") from None

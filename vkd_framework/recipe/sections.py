@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 TINY = "tiny"
 """What `model.source` begins with that means: the embedded default, built from the family's own classes."""
+
+
+_NO_NUMBER = PydanticCustomError("number_expected", "Should be a number, which true and false are not")
 
 
 class Section(BaseModel):
@@ -21,6 +25,42 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_is_a_number(cls, raw: Any) -> Any:
+        given = {name: raw[name] for name in cls.model_fields if name in raw} if isinstance(raw, dict) else {}
+        if faults := [
+            InitErrorDetails(type=_NO_NUMBER, loc=(name, *place), input=value)
+            for name, whole in given.items()
+            for place, value in _numbers_due(whole, cls.model_fields[name].annotation)
+            if isinstance(value, bool)
+        ]:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return raw
+
+
+def _numbers_due(value: Any, annotation: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Of what is given for a setting of that type, what has to be a number, each with where it stands below it."""
+    types = _types(annotation)
+    if bool in types or not (int in types or float in types):
+        return []
+    if str in types or not isinstance(value, list | tuple | dict):
+        return [((), value)]
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [((str(place),), item) for place, item in items]
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The plain types that a value, or an item of it, may have."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [type(part) for part in parts]
+    if get_origin(annotation) is Annotated:
+        parts = parts[:1]
+    if get_origin(annotation) is dict:
+        parts = parts[1:]
+    return [found for part in parts for found in _types(part)] or [annotation]
 
 
 @dataclass(frozen=True)
