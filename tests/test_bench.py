@@ -284,6 +284,21 @@ def test_a_key_that_a_record_of_an_older_version_has_not_tells_none_apart_even_b
     assert [(row.variant, row.seeds) for row in group.rows] == [("", (0, 1)), ("teach=\N{EN DASH}", (2,))]
 
 
+def test_a_setting_that_a_published_record_has_not_yet_stands_at_its_default(tmp_path: Path) -> None:
+    entries = []
+    for seed, forget in enumerate(({}, {"strangers": "1"}, {"strangers": "1"}, {"strangers": "2"}, {"strangers": "4"})):
+        settings = {f"losses.forget_output.{key}": value for key, value in ({"form": "stranger"} | forget).items()}
+        entries.append({**made("vkd", seed), "settings": settings})
+    write_json(tmp_path / "published.json", entries)
+    (group,) = gather(find([tmp_path / "published.json"]))
+    told = "losses.forget_output.strangers"
+    assert [(row.variant, row.seeds) for row in group.rows] == [
+        ("", (0, 1, 2)),
+        (f"{told}=2", (3,)),
+        (f"{told}=4", (4,)),
+    ]
+
+
 def test_every_setting_with_keys_of_the_users_choice_is_compared_as_one_value() -> None:
     schema = Recipe.model_json_schema()
     sections = {name: value.get("$ref", "").rpartition("/")[2] for name, value in schema["properties"].items()}

@@ -8,10 +8,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from vkd_framework.checkpoint import EVALUATED, RELEARNED, read_json
 from vkd_framework.errors import RecipeError, on_one_line
@@ -159,7 +160,9 @@ def read_file(file: Path) -> list[Record]:
             f"{file}: is no list of runs; give a file that `vkd bench --json` or `vkd compare --json` wrote"
         )
     return [
-        Record(file / f"{entry['recipe']}-{entry['method']}-{entry['seed']}", entry, entry.get(SETTINGS, {}))
+        Record(
+            file / f"{entry['recipe']}-{entry['method']}-{entry['seed']}", entry, _completed(entry.get(SETTINGS, {}))
+        )
         for entry in entries
     ]
 
@@ -298,6 +301,25 @@ def _settings(folder: Path) -> dict[str, str]:
     return dict(flatten({key: value for key, value in filled.items() if key not in IDENTITY}))
 
 
+def _completed(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings of an entry with those that its version did not have yet, at the values that change nothing."""
+    found = dict(settings)
+    for name, field_ in Recipe.model_fields.items():
+        if _is_section(field_.annotation) and any(key.startswith(f"{name}.") for key in settings):
+            inside = field_.annotation.model_fields.items()
+            defaults = {
+                key: each.get_default(call_default_factory=True) for key, each in inside if not each.is_required()
+            }
+            for key, value in flatten({name: to_jsonable_python(defaults)}):
+                if not any(other.startswith(f"{key}.") for other in settings):
+                    found.setdefault(key, value)
+    return found
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
 def _resolved(folder: Path) -> dict[str, Any]:
     """The recipe that lies beside the figures; nothing where none can be read."""
     try:
@@ -315,7 +337,7 @@ def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(raw)
     for name, field_ in Recipe.model_fields.items():
         kind = field_.annotation
-        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(raw.get(name), Mapping):
+        if _is_section(kind) and isinstance(raw.get(name), Mapping):
             with suppress(ValidationError):  # of another version
                 found[name] = kind.model_validate(raw[name]).model_dump(mode="json")
     return found
