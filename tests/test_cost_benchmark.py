@@ -59,6 +59,7 @@ def test_the_mask_stands_beside_the_procedure_it_is_compared_with(found: dict[st
     assert mask["ratio_to_reference"]["bytes"] == mask["file_bytes"] / mask["reference"]["file_bytes"] < 1 / 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ends when the machine has no GPU")
 def test_the_largest_size_says_in_one_line_that_it_needs_a_gpu() -> None:
     done = cost("--size", "8b")

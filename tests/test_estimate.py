@@ -217,7 +217,7 @@ def test_disk_by_hand(tiny: MLLM) -> None:
         "the model": 4 * total,
         "where to go on": 12 * n,
         "teacher's features": 10**5 * 4 * (36 * width + 9 * hidden) - 2**26,
-        "encoded photos": 10**5 * 4000 - 2**25,
+        "encoded photos": 10**5 * 4000 - 7 * 2**23,
     }
     few = memory.disk(recipe, tiny, size, replace(many, photos=10))
     assert [line.what for line in few] == ["the model", "where to go on"]

@@ -302,10 +302,12 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line_before_the_weights_ta
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("ga_diff", ("trains", "100.00%", "frozen   nothing", "distils  nothing")),
-        ("kl_min", ("retain, as before", "0 MFLOP back", "100.00%")),
-        ("manu", ("prunes   vision encoder and language model", "2.0% of the neurons")),
-        ("retain_only", ("teaches", "frozen   nothing")),
+        pytest.param("ga_diff", ("trains", "100.00%", "frozen   nothing", "distils  nothing"), marks=pytest.mark.slow),
+        pytest.param("kl_min", ("retain, as before", "0 MFLOP back", "100.00%"), marks=pytest.mark.slow),
+        pytest.param(
+            "manu", ("prunes   vision encoder and language model", "2.0% of the neurons"), marks=pytest.mark.slow
+        ),
+        pytest.param("retain_only", ("teaches", "frozen   nothing"), marks=pytest.mark.slow),
         ("vkd", ("the language model among them", "distils  vision.1, vision.2, projector")),
     ],
 )

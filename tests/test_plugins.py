@@ -511,6 +511,7 @@ def test_of_two_adapters_that_serve_a_model_type_neither_wins_without_being_chos
         assert f"adapter {name}," in chosen.stdout, chosen.stderr
 
 
+@pytest.mark.slow
 def test_of_two_adapters_that_offer_a_preset_neither_wins_without_being_chosen(tmp_path: Path) -> None:
     install(tmp_path, "vkd-rival", "rival_vkd", RIVAL + OFFER, ("zzz",))
     line = told(vkd(tmp_path, "inspect-layers", PRESET))

@@ -109,7 +109,7 @@ def test_forgetting_goes_on_when_the_floor_holds_again(knowing: MLLM, few: Split
     assert floor.holds(second)
 
 
-@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("at", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_checkpoint_decides_like_an_uninterrupted_one(
     knowing: MLLM, few: Splits, tmp_path: Path, at: int
 ) -> None:

@@ -261,6 +261,7 @@ assert not [name for name in sys.modules if name.startswith("vkd_")]
 """
 
 
+@pytest.mark.slow
 def test_anybody_can_load_the_model_without_vkd_and_generate(finished: Finished, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.effect_noise((48, 48), 50).convert("RGB").save(photo)
