@@ -62,6 +62,19 @@ def test_a_model_answers_as_before_once_nothing_is_to_be_computed_again(tiny: ML
     assert not any(getattr(module, "gradient_checkpointing", False) for module in tiny.model.modules())
 
 
+@pytest.mark.parametrize("adapter", ["qwen_vl", "idefics"])
+def test_frozen_embeddings_want_no_gradients_while_blocks_are_computed_again_nor_after(
+    splits: Splits, adapter: str
+) -> None:
+    mllm = load_adapter(adapter).tiny_model(texts_of(splits), 48, 0)
+    mllm.model.requires_grad_(False)
+    trainable(mllm, ("encoder", "projector"))
+    text = mllm.tokenize(splits.text[:2]).inputs
+    with recomputed(mllm.model):
+        assert not mllm.model(**text).logits.requires_grad
+    assert not mllm.model(**text).logits.requires_grad
+
+
 def test_a_model_that_cannot_compute_again_is_an_error_that_says_what_to_do(
     student: MLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,17 @@ def test_the_gradient_of_a_step_is_no_longer_than_the_recipe_says(student: MLLM,
     assert torch.nn.utils.get_total_norm([g for g in gradients if g is not None]) == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_a_batch_of_text_alone_forgets_nothing_and_text_alone_is_refused(
+    student: MLLM, splits: Splits, tmp_path: Path
+) -> None:
+    text = replace(splits.text[0], id="text")
+    mixed = replace(splits, forget=(splits.forget[0], text))
+    one_by_one = make_recipe(unlearn={"steps": 2, "warmup": 0, "forget_batch": 1, "retain_batch": 2})
+    assert len(unlearned(student, mixed, one_by_one, tmp_path)) == 2
+    with pytest.raises(RecipeError, match="has no influence on the forget terms"):
+        unlearned(student.copy(), replace(splits, forget=(text,)), one_by_one, tmp_path / "text")
+
+
 @pytest.mark.slow
 def test_small_steps_lead_a_model_in_bfloat16_where_they_lead_one_in_float32(
     student: MLLM, splits: Splits, tmp_path: Path

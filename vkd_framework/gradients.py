@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ def recomputed(model: Any, wanted: bool = True) -> Iterator[None]:
     # transformers 5 calls it activation checkpointing, 4 gradient checkpointing
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    with suppress(AttributeError):  # transformers 4 may not have made any
+        model.disable_input_require_grads()  # hooks that make frozen embeddings want gradients, and stay for good
     blocks = [each for each in model.modules() if getattr(each, "gradient_checkpointing", False) and not each.training]
     for block in blocks:
         block.training = True

@@ -96,6 +96,7 @@ class Stepper:
         self._objective = Objective(mllm, recipe, splits, reference=reference, ignorant=ignorant)
         self.learned = {**self._parameters, **self._objective.learned}
         self._forget = Batches(splits.forget, config.forget_batch, recipe.seed)
+        self._some_forget_photos = any(pair.photos for pair in splits.forget)
         self._retain = retain_batches(splits, config, recipe.seed + 1)
         self.attacker = SimulatedAttacker(
             mllm,
@@ -136,8 +137,10 @@ class Stepper:
 
         terms: dict[str, float] = {}
         if forgets and strength:
-            _, terms = objective.forget(self._forget.batch(turn), partial(down, strength=strength))
-            if not any(ranks.gather(any(reached))):
+            pairs = self._forget.batch(turn)
+            _, terms = objective.forget(pairs, partial(down, strength=strength))
+            by_chance = self._some_forget_photos and not any(pair.photos for pair in pairs)  # a batch of text alone
+            if not any(ranks.gather(any(reached))) and not by_chance:
                 raise RecipeError(
                     f"train: {', '.join(recipe.train)} has no influence on the forget terms; "
                     "train what lies before losses.repel.layers, or give losses.forget_output a weight"
