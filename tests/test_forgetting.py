@@ -14,7 +14,7 @@ from vkd_framework.plugins import MLLM
 from vkd_framework.teachers import kept_pairs
 from vkd_framework.types import ImageQuestionPair, Photo, Splits
 
-STRANGER = {"forget_output": {"form": "stranger"}, "repel": {"weight": 0}}
+STRANGER = {"forget_output": {"form": "stranger", "strangers": 1}, "repel": {"weight": 0}}
 
 
 def alone(groups: list[list[ImageQuestionPair]]) -> list[ImageQuestionPair]:

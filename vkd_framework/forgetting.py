@@ -23,6 +23,7 @@ from vkd_framework.batches import in_parts
 from vkd_framework.errors import RecipeError
 from vkd_framework.output import answer_losses
 from vkd_framework.plugins import MLLM
+from vkd_framework.progress import Progress
 from vkd_framework.recipe import Recipe
 from vkd_framework.types import EncodedBatch, ImageQuestionPair, Photo, Splits
 
@@ -89,7 +90,8 @@ class ForgetOutput:
     def _cross_entropies(self, mllm: MLLM, pairs: Sequence[ImageQuestionPair]) -> list[tuple[float, int]]:
         """Of each pair, the mean cross-entropy of its answer's tokens, and how many they are."""
         found: list[list[tuple[float, int]]] = []
-        for part in ranks.part(in_parts(pairs, self._batch_size)):
+        parts = ranks.part(in_parts(pairs, self._batch_size))
+        for part in Progress(parts, "what the forgotten answers start from"):
             counts = self.tokens(mllm.tokenize(part)).sum(dim=1).tolist()
             means = answer_losses(mllm, part, content=self._term.tokens == "content").tolist()
             found.append(list(zip(means, counts, strict=True)))

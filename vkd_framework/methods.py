@@ -59,7 +59,7 @@ METHODS: dict[str, Method] = {
         values={
             "train": ["encoder", "projector"],
             "losses": {
-                "forget_output": {"form": "stranger", "weight": 1.0},
+                "forget_output": {"form": "stranger", "weight": 1.0, "strangers": 8},
                 "retain_output": {"weight": 1.0, "share": 0.25},
                 "attract": {"weight": 1.0, "distance": "relative_squared"},
                 "repel": {"weight": 0.0},
@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
                 "retain_floor": 0.8,
             },
             "simulated_attack": {
-                "weight": 1.0,
+                "weight": 1.5,
                 "cap": 12.0,
                 "scopes": ["visual", "full", "full"],
                 "rank": 8,
