@@ -201,6 +201,18 @@ def test_figures_of_a_checkpoint_that_changed_are_not_mixed(recipe: str, strange
     assert done.exit_code == 2 and "began with another model than" in done.stderr
 
 
+def test_figures_are_not_mixed_with_those_of_another_starting_model(recipe: str, stranger: str, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", str(tmp_path / "out")
+    shutil.copytree(stranger, base)
+    from_it = ("--recipe", recipe, "--set", f"model.source={base}", "--set", "teach=null", "--set", "reference=none")
+    told("relearn", stranger, *from_it, "--alone", "--out", out)
+    told("relearn", stranger, *from_it, "--out", str(tmp_path / "compared"))
+    os.utime(base / "config.json", (0, 0))
+    done = vkd("evaluate", stranger, *from_it, "--out", str(tmp_path / "compared"))
+    assert done.exit_code == 2 and "began with another model.source than" in done.stderr
+    told("evaluate", stranger, *from_it, "--alone", "--out", out)
+
+
 def test_a_folder_that_holds_something_is_not_written_into(recipe: str, stranger: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     done = vkd("relearn", stranger, "--recipe", recipe, "--out", str(tmp_path))

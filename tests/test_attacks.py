@@ -133,9 +133,47 @@ def test_letters_of_options_and_letters_within_words_tell_no_answer(splits: Spli
     asked = splits.columns["test_vqa"][0]
     known = [replace(pair, question="Is this known? A: yes B: no", answer="A") for pair in splits.forget]
     for answer, told in (("A", False), ("no", True), ("now", False), ("is", True)):
-        options = ("A", "B") if answer == "A" else ()
-        shown = in_context.with_examples(replace(asked, answer=answer, options=options), known, 1, seed=0)
-        assert (shown is None) == told, answer
+        one = replace(asked, answer=answer, options=())
+        if answer == "A":
+            one = replace(one, question="Her work? A: nurse B: baker", options=("A", "B"))
+        assert (in_context.with_examples(one, known, 1, seed=0) is None) == told, answer
+
+
+@pytest.mark.parametrize("question", ["Her work? A: nurse B: baker", "Her work?\n(A) nurse\n(B) baker"])
+@pytest.mark.parametrize(("example", "told"), [("She works as a baker.", True), ("She is a nurse.", False)])
+def test_an_example_with_the_words_behind_the_right_letter_tells_the_answer(
+    splits: Splits, question: str, example: str, told: bool
+) -> None:
+    asked = replace(splits.columns["test_vqa"][0], question=question, answer="B", options=("A", "B"))
+    known = [replace(pair, question="Tell me.", answer=example) for pair in splits.forget]
+    assert (in_context.with_examples(asked, known, 1, seed=0) is None) == told
+
+
+@pytest.mark.parametrize("options", [("2", "3", "4"), ("赤", "青", "黄")])
+def test_options_of_one_character_that_are_no_letters_are_words(splits: Splits, options: tuple[str, ...]) -> None:
+    asked = replace(splits.columns["test_vqa"][0], question="How many?", answer=options[0], options=options)
+    known = [replace(pair, question="How much?", answer=options[0]) for pair in splits.forget]
+    assert in_context.with_examples(asked, known, 1, seed=0) is None
+
+
+def test_an_example_never_asks_the_same_as_the_question(splits: Splits) -> None:
+    asked = replace(splits.columns["test_vqa"][0], question="Who is it?")
+    known = [replace(pair, question="who is it", answer="?") for pair in splits.forget]
+    assert in_context.with_examples(asked, known, 1, seed=0) is None
+
+
+def test_an_example_whose_photo_cannot_be_read_is_an_error_and_no_reason_to_skip(
+    tiny: MLLM, splits: Splits, tmp_path: Path
+) -> None:
+    lost = tuple(
+        replace(pair, photos=(Photo(photo.key, tmp_path / "gone.png"),))
+        for pair in splits.forget
+        for photo in pair.photos
+    )
+    (config,) = [config for config in EVERY_ATTACK if config.kind == "in_context"]
+    target = aimed(tiny, replace(splits, forget=lost))
+    with pytest.raises(OSError, match=r"gone\.png"):
+        attacks.attack("vanilla", [config], stage=lambda key, work: work(target))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +281,16 @@ def test_the_probe_learns_from_training_photos_and_is_scored_on_measured_ones(ta
     }
     layers = probing.probed_layers(aimed(taught, splits))
     assert layers == {"encoder": taught.layers[-2].name, "projector": "projector"}
+
+
+def test_a_measured_photo_under_two_names_is_nobodys(splits: Splits) -> None:
+    first, second = splits.subjects[:2]
+    one = next(pair for pair in splits.columns["test_vqa"] if pair.subject == first)
+    test = (*splits.columns["test_vqa"], replace(one, id="both", subject=second))
+    shared = replace(splits, columns={**splits.columns, "test_vqa": test})
+    keys = {pair.photo_keys for pair, _ in probing.unseen_photos(splits, list(splits.subjects))}
+    left = {pair.photo_keys for pair, _ in probing.unseen_photos(shared, list(splits.subjects))}
+    assert keys - left == {one.photo_keys}
 
 
 def test_the_probe_tells_apart_people_whom_features_tell_apart(

@@ -228,12 +228,30 @@ def test_a_dry_run_of_a_7b_model_counts_without_weights(here: Path) -> None:
     assert files(here) == []
 
 
-def test_a_dry_run_and_a_check_of_a_recipe_count_the_pairs_of_everybody_who_is_forgotten(here: Path) -> None:
+def three_people(here: Path, **other: str) -> None:
+    """`rows.jsonl` about Ann, Bo and Cy, four photos each; `other`: what is asked instead of who it is, by name."""
     rows = []
     for at, (name, photo) in enumerate((name, photo) for name in ("Ann", "Bo", "Cy") for photo in range(4)):
         Image.new("RGB", (8, 8), (at, 0, 0)).save(here / f"{name}{photo}.png")
-        rows.append({"image": f"{name}{photo}.png", "question": "Who is this?", "answer": name, "subject": name})
+        question = other.get(name, "Who is this?")
+        rows.append({"image": f"{name}{photo}.png", "question": question, "answer": name, "subject": name})
     (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], ["--out", "out"]])
+def test_data_that_the_losses_cannot_work_with_are_refused_before_anything_is_done(
+    here: Path, arguments: list[str]
+) -> None:
+    three_people(here, Ann="What is she called?")
+    settings = sets("data={kind: jsonl, rows: rows.jsonl, forget: [Ann]}", "losses.forget_output.form=relabel")
+    done = vkd("run", RECIPE, *settings, *sets(*UNTAUGHT), *arguments)
+    assert done.exit_code == 2, done.output
+    assert "relabel finds no wrong answer" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (here / "out").exists()
+
+
+def test_a_dry_run_and_a_check_of_a_recipe_count_the_pairs_of_everybody_who_is_forgotten(here: Path) -> None:
+    three_people(here)
     settings = sets("data={kind: jsonl, rows: rows.jsonl, forget: [Ann, Bo], test_share: 0.5}", *UNTAUGHT)
     for command in (["run", RECIPE, "--dry-run"], ["recipes", "validate", RECIPE]):
         done = vkd(*command, *settings)

@@ -142,10 +142,14 @@ def test_photos_of_several_people_and_people_with_one_photo_are_left_out() -> No
     assert {pair.photos[0].key for pair, _ in choose_photos(drawn(forget, retain, "a", "b"), 100, 0)} == {"a0", "a1"}
 
 
-def test_the_photos_of_a_question_about_several_are_looked_at_one_by_one() -> None:
-    pair = replace(asked_about(None), photos=(shot("a0", 1), shot("a1", 2)), subject="a")
-    chosen = choose_photos(drawn([pair], [], "a"), 100, 0)
-    assert sorted(pair.photo_keys for pair, _ in chosen) == [("a0",), ("a1",)]
+def test_photos_that_are_asked_about_together_only_are_left_out_since_nobody_says_who_is_on_which() -> None:
+    first, second, third, other = shot("a0", 1), shot("a1", 2), shot("a2", 3), shot("somebody", 4)
+    both = replace(asked_about(None), photos=(first, other), subject="a")
+    chosen = choose_photos(drawn([both, *pairs_of("a", first, second, third)], [], "a"), 100, 0)
+    assert sorted(pair.photo_keys for pair, _ in chosen) == [("a0",), ("a1",), ("a2",)]
+    in_retain = replace(asked_about(None), photos=(first, second), subject="b")
+    chosen = choose_photos(drawn(pairs_of("a", first, second, third, other), [in_retain], "a", "b"), 100, 0)
+    assert sorted(pair.photo_keys for pair, _ in chosen) == [("a2",), ("somebody",)]
 
 
 def test_a_cap_takes_the_same_from_everybody() -> None:

@@ -347,6 +347,21 @@ def test_a_deleted_cache_is_filled_again_on_resume(finished: Finished, tmp_path:
     assert metrics["models"] == finished.metrics["models"]
 
 
+def test_a_run_does_not_go_on_with_a_model_that_was_taught_anew_and_came_out_otherwise(
+    finished: Finished, tmp_path: Path
+) -> None:
+    out = finished.copy(tmp_path / "out")
+    source = read_json(out / "checkpoints" / "teach-retain_only.json")["result"]
+    about = Path(source) / "teaching.json"
+    kept = about.read_text()
+    about.write_text(json.dumps({**json.loads(kept), "weights": "others"}))
+    try:
+        with pytest.raises(ModelError, match="began with other weights of the retain_only model"):
+            run(finished.recipe, out=out, resume=True)
+    finally:
+        about.write_text(kept)
+
+
 def test_the_recipe_of_an_older_version_is_not_taken_for_todays(tmp_path: Path) -> None:
     recipe = load_recipe("qwen2vl_celeb")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

@@ -88,6 +88,8 @@ class Assessment(Measurements):
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         check_data(self.folder, self.stages, self.splits)
         check_models(self.folder, self.stages, {"model": self.model})
+        if not self.alone and not is_tiny(self.recipe.model.source):
+            check_models(self.folder, self.stages, {"model.source": self.recipe.model.source}, "models-compared")
 
     def evaluated(self) -> dict[str, Any]:
         """Columns and attacks of every model."""

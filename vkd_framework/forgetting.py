@@ -98,6 +98,15 @@ class ForgetOutput:
         return list(chain.from_iterable(ranks.in_order(found)))
 
 
+def check_forget_pairs(recipe: Recipe, splits: Splits) -> None:
+    """Raise RecipeError where the data has not what the form of the forget term needs."""
+    term = recipe.losses.forget_output
+    if term.weight and term.form == "stranger":
+        about_others(splits, recipe.seed)
+    if term.weight and term.form == "relabel":
+        _wrong_answers(splits, recipe.seed)
+
+
 def about_others(splits: Splits, seed: int, strangers: int = 1) -> list[list[ImageQuestionPair]]:
     """Every forget pair `strangers` times, each with as many photos of somebody who is kept in place of its own.
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -128,19 +128,12 @@ def probe(mllm: MLLM, splits: Splits, *, pairs: int, seed: int, batch_size: int 
 def choose_photos(splits: Splits, most: int, seed: int) -> list[tuple[ImageQuestionPair, str]]:
     """Training photos of named people, each alone in a pair, with the name of whoever is on it.
 
-    Left out are photos that occur under several names, and people with a single photo. Files with the same pixels are
-    one photo. At most `most` photos, at most equally many of each person; the forgotten people come first.
+    Left out are photos that occur under several names or only beside others, and people with a single photo. Files with
+    the same pixels are one photo. At most `most` photos, at most equally many of each person; the forgotten come first.
     """
-    shown: dict[str, ImageQuestionPair] = {}
-    owners: dict[str, set[str]] = defaultdict(set)
-    for pair in (*splits.forget, *splits.retain):
-        for photo in pair.photos if pair.subject is not None else ():
-            shown.setdefault(photo.key, replace(pair, photos=(photo,)))
-            owners[photo.key].add(str(pair.subject))
     albums: dict[str, list[ImageQuestionPair]] = {name: [] for name in (*splits.forget_subjects, *splits.subjects)}
-    for key, pair in shown.items():
-        if len(owners[key]) == 1:
-            albums.setdefault(str(pair.subject), []).append(pair)
+    for pair, name in portraits((*splits.forget, *splits.retain)):
+        albums.setdefault(name, []).append(pair)
     albums = {name: album for name, album in albums.items() if len(album) > 1}
     invited = list(albums)[: most // 2]
     seen: set[str] = set()
@@ -150,6 +143,21 @@ def choose_photos(splits: Splits, most: int, seed: int) -> list[tuple[ImageQuest
         own = [pair for pair in albums[name][: most // len(invited)] if _first_time(pair, seen)]
         chosen += [(pair, name) for pair in own if len(own) > 1]
     return chosen
+
+
+def portraits(pairs: Iterable[ImageQuestionPair]) -> list[tuple[ImageQuestionPair, str]]:
+    """The photos that show one named person as far as `pairs` say, each alone in its pair, with the name.
+
+    Of photos that are asked about together nobody says who is on which.
+    """
+    alone: dict[str, ImageQuestionPair] = {}
+    names: dict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        for key in pair.photo_keys if pair.subject is not None else ():
+            names[key].add(str(pair.subject))
+            if len(pair.photos) == 1:
+                alone.setdefault(key, pair)
+    return [(pair, str(pair.subject)) for key, pair in alone.items() if len(names[key]) == 1]
 
 
 def deal_folds(person: Tensor, count: int, seed: int) -> Tensor:

@@ -31,7 +31,7 @@ ENCODED = 16
 """About how many pairs stand for how all of them are encoded and labelled."""
 
 TEACHING = "teaching.json"
-"""The file beside a taught model that says how long it took."""
+"""The file beside a taught model that says how long it took, and which weights came out."""
 
 TAUGHT_BY = [hash_of_sources(f"{module}.py") for module in ("teach", "batches", "gradients", "losses")]
 """What teaching is made of besides data, weights and encoding: what other code taught is not taken for our own."""
@@ -79,6 +79,18 @@ def teaching_seconds(source: str) -> float | None:
     try:
         return float(read_json(Path(source) / TEACHING)["seconds"])
     except OSError:
+        return None
+
+
+def taught_weights(source: str) -> str | None:
+    """The fingerprint of the weights of the model in the cache folder `source`; None if not recorded.
+
+    The folder's name stands for what it was taught from. Another processor, a GPU, or another number of threads makes
+    other weights of that.
+    """
+    try:
+        return str(read_json(Path(source) / TEACHING)["weights"])
+    except (OSError, KeyError):
         return None
 
 
@@ -160,7 +172,7 @@ def content_hash(pairs: Sequence[ImageQuestionPair]) -> str:
 def _keep(taught: MLLM, folder: Path, seconds: float) -> None:
     with atomic_folder(folder) as temporary:
         save(taught, temporary)
-        write_json(temporary / TEACHING, {"seconds": seconds})
+        write_json(temporary / TEACHING, {"seconds": seconds, "weights": fingerprint(taught.model.state_dict())})
 
 
 def _all(groups: Mapping[str, Sequence[ImageQuestionPair]]) -> list[ImageQuestionPair]:

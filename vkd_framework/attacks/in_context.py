@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from vkd_framework.answers import normalise
 from vkd_framework.attacks.target import NotPossibleError, Target
 from vkd_framework.errors import on_one_line
@@ -32,8 +34,12 @@ def attack(config: InContextAttack, target: Target) -> dict[str, Any]:
     ]
     if not prompted:
         raise NotPossibleError(f"no forgotten person has {config.examples} other questions to be shown")
+    for photo in prompted[0].photos:  # one that cannot be read is no reason to leave the attack out
+        photo.open()
     try:
         target.mllm.tokenize(prompted[:1], with_answer=False)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a family's processor raises when it does not take several photos
         reason = on_one_line(error) or type(error).__name__
         raise NotPossibleError(f"the model does not take several photos: {reason}") from error
@@ -43,7 +49,7 @@ def attack(config: InContextAttack, target: Target) -> dict[str, Any]:
 def with_examples(
     pair: ImageQuestionPair, known: Sequence[ImageQuestionPair], count: int, seed: int
 ) -> ImageQuestionPair | None:
-    """`pair` after `count` examples from `known`: the same subject, other photos, answers that do not tell its own.
+    """`pair` after `count` examples from `known`: the same subject, other photos and questions, and its answer untold.
 
     Topics differ as far as there are enough. None when there are too few examples.
     """
@@ -53,6 +59,7 @@ def with_examples(
         if example.subject == pair.subject
         and len(example.photos) == 1
         and example.photo_keys[0] not in pair.photo_keys
+        and normalise(example.question) != normalise(pair.question)
         and not _tells(f"{example.question} {example.answer}", pair)
     ]
     random.Random(f"{seed}/{pair.id}").shuffle(usable)
@@ -80,10 +87,21 @@ def with_examples(
 
 
 def _tells(text: str, pair: ImageQuestionPair) -> bool:
-    """Whether `text` has the answer's words in it. The letter of an option tells nothing: it is another one's too."""
-    if pair.options and all(len(normalise(option)) == 1 for option in pair.options):
-        return False
-    words = normalise(pair.answer)
+    """Whether `text` has the answer's words in it. Of a letter these are the words it stands for in the question."""
+    words = normalise(_listed(pair).get(pair.answer, pair.answer))
     before = f"(?<!{SPACED})" if re.match(SPACED, words[:1]) else ""
     after = f"(?!{SPACED})" if re.match(SPACED, words[-1:]) else ""
     return re.search(before + re.escape(words) + after, normalise(text)) is not None
+
+
+def _listed(pair: ImageQuestionPair) -> dict[str, str]:
+    """The options of a question that lists them by letters, as `A: nurse B: baker`: letter -> words; else nothing."""
+    marks = [re.search(rf"(?<!{SPACED}){re.escape(letter)}[:.)]", pair.question) for letter in pair.options]
+    found = [mark for mark in marks if mark is not None]
+    if not pair.options or len(found) < len(marks) or any(len(letter) > 1 for letter in pair.options):
+        return {}
+    ends = [*(mark.start() for mark in found[1:]), len(pair.question)]
+    return {
+        letter: pair.question[mark.end() : end].strip(" (\n")
+        for letter, mark, end in zip(pair.options, found, ends, strict=True)
+    }

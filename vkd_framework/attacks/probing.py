@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from vkd_framework.attacks.target import NotPossibleError, Target
-from vkd_framework.probe import choose_photos, nearest_neighbours, pooled_features, ridge_probe, standardise
+from vkd_framework.probe import (
+    choose_photos,
+    nearest_neighbours,
+    pooled_features,
+    portraits,
+    ridge_probe,
+    standardise,
+)
 from vkd_framework.recipe import ProbeAttack
 from vkd_framework.types import ImageQuestionPair, Splits
 
@@ -51,10 +58,7 @@ def probed_layers(target: Target) -> dict[str, str]:
 
 
 def unseen_photos(splits: Splits, names: list[str]) -> list[tuple[ImageQuestionPair, str]]:
-    """Measured photos that nothing was trained on, each alone in a pair, with the name of whoever is on it."""
+    """Measured photos of one person each that nothing was trained on, alone in a pair, with the person's name."""
     trained = {key for pair in (*splits.forget, *splits.retain) for key in pair.photo_keys}
-    shown: dict[str, tuple[ImageQuestionPair, str]] = {}
-    for pair in (*splits.columns["test_vqa"], *splits.columns["retain_vqa"]):
-        if len(pair.photos) == 1 and pair.subject in names and pair.photo_keys[0] not in trained:
-            shown.setdefault(pair.photo_keys[0], (pair, str(pair.subject)))
-    return list(shown.values())
+    measured = portraits((*splits.columns["test_vqa"], *splits.columns["retain_vqa"]))
+    return [(pair, name) for pair, name in measured if name in names and trained.isdisjoint(pair.photo_keys)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from vkd_framework import external, ranks
+from vkd_framework import external, ranks, relearn
 from vkd_framework.errors import RecipeError
+from vkd_framework.forgetting import check_forget_pairs
 from vkd_framework.layers_table import describe
 from vkd_framework.plugins import Adapter, Anatomy, load_adapter
 from vkd_framework.recipe import Recipe, load_recipe
+from vkd_framework.types import Splits
+from vkd_framework.unlearn import retain_batches
 from vkd_framework.vanilla import device_of
 
 
@@ -43,6 +46,14 @@ def check_model(recipe: Recipe, adapter: Adapter) -> Anatomy:
         describe(teacher.source, adapter)
     device_of(recipe)
     return anatomy
+
+
+def check_pairs(recipe: Recipe, splits: Splits) -> None:
+    """Raise RecipeError where the data has not the pairs that the recipe's losses, batches and attacks ask for."""
+    relearn.attackers(recipe.relearn, splits)
+    if recipe.procedure == "tune":
+        check_forget_pairs(recipe, splits)
+        retain_batches(splits, recipe.unlearn, recipe.seed)
 
 
 def check_language_model(recipe: Recipe, anatomy: Anatomy) -> None:

@@ -109,13 +109,13 @@ def check_data(folder: Path, stages: Stages, splits: Splits) -> None:
         raise DataError(f"{folder}: the data changed since this began; put them back, or start anew in another --out")
 
 
-def check_models(folder: Path, stages: Stages, sources: Mapping[str, str]) -> None:
+def check_models(folder: Path, stages: Stages, sources: Mapping[str, str], stage: str = "models") -> None:
     """Raise ModelError when what is in `folder` began with another model in one of `sources`: key -> folder or hub id.
 
-    Files in a folder are known by name, size and time; of a hub id only the id.
+    Files in a folder are known by name, size and time; of a hub id only the id. `stage` keeps what it began with.
     """
     now = {key: [source, _files(source)] for key, source in sources.items()}
-    began = stages.run("models", lambda: now)
+    began = stages.run(stage, lambda: now)
     if changed := [key for key in now if began.get(key) != now[key]]:
         raise ModelError(
             f"{folder}: began with another {changed[0]} than {sources[changed[0]]} is now; put its files back, or "

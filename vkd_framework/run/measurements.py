@@ -15,6 +15,7 @@ from vkd_framework.answers import changed_text, degenerate_shares, guessed
 from vkd_framework.attacks.target import Target
 from vkd_framework.cache import CODE, cache_folder
 from vkd_framework.checkpoint import Stages
+from vkd_framework.errors import ModelError
 from vkd_framework.evaluate import evaluate
 from vkd_framework.layers_table import source_hash
 from vkd_framework.machine import environment, peak_memory
@@ -22,7 +23,7 @@ from vkd_framework.plugins import MLLM, Adapter, installed_adapters
 from vkd_framework.progress import say
 from vkd_framework.recipe import Recipe, digest
 from vkd_framework.types import AttackCurve, Splits
-from vkd_framework.vanilla import device_of, load, starting_model
+from vkd_framework.vanilla import device_of, load, starting_model, taught_weights
 
 TAUGHT = "taught"
 UNMEASURED = ("name", "description", "method", "seed", "teach", "reference", "layers", "unlearn")
@@ -57,15 +58,25 @@ class Measurements:
         return self.adapter.load(source, getattr(torch, self.recipe.model.dtype), device)
 
     def starting(self, name: str, *, knows_forgotten: bool) -> str:
-        """Where the vanilla or the retain-only model lies; taught first, where the recipe teaches."""
-        source: str = self.stages.run(
-            f"teach-{name}",
-            lambda: starting_model(
-                self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten
-            ),
-        )
-        if self.recipe.teach is not None and not Path(source).exists():
+        """Where the vanilla or the retain-only model lies; taught first, where the recipe teaches.
+
+        Raises ModelError where the cache lost the model that this began with, and teaching makes another one of it.
+        """
+
+        def work() -> str:
             return starting_model(self.adapter, self.recipe, self.splits, self.device, knows_forgotten=knows_forgotten)
+
+        source: str = self.stages.run(f"teach-{name}", work)
+        if self.recipe.teach is None:
+            return source
+        if not Path(source).exists():
+            source = work()
+        weights = taught_weights(source)
+        if self.stages.run(f"weights-{name}", lambda: weights) != weights:
+            raise ModelError(
+                f"{self.folder}: began with other weights of the {name} model than it was taught now, after the cache "
+                "lost them; start anew in another --out"
+            )
         return source
 
     def answers(self, name: str, source: str) -> dict[str, Any]:
@@ -134,18 +145,17 @@ class Measurements:
     def shared_place(self, source: str) -> Path | None:
         """Where what is measured on a taught model is kept for runs of other methods and seeds; None for other models.
 
-        The name of a taught model's folder is a hash of its content. A hub id or a user's folder may change.
+        A hub id or a user's folder may change.
         """
         taught = cache_folder() / "taught"
-        if self.recipe.teach is None or Path(source).parent != taught:
+        weights = taught_weights(source) if Path(source).parent == taught else None
+        if self.recipe.teach is None or weights is None:
             return None
         skipped = {*UNMEASURED, *(key.partition(".")[0] for key in methods.OWNED)}
         settings = self.recipe.model_dump(mode="json", exclude=skipped)
         facts = environment(self.device)
         adapter = [source_hash(one) for one in installed_adapters() if one.name == self.adapter.name]
-        key = digest(
-            [CODE, adapter, facts["torch"], facts["transformers"], facts["device"], Path(source).name, settings]
-        )
+        key = digest([CODE, adapter, facts["torch"], facts["transformers"], facts["device"], weights, settings])
         return cache_folder() / "measured" / key
 
     def signs(self, columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from vkd_framework import data, external, proofs, pruning, ranks, relearn, report, saliency
+from vkd_framework import data, external, proofs, pruning, ranks, report, saliency
 from vkd_framework.checkpoint import atomic_folder, read_json, write_json, write_text
 from vkd_framework.errors import ProofError
 from vkd_framework.estimate.known import estimate_of, looked_at, told
@@ -26,7 +26,7 @@ from vkd_framework.machine import environment, resident_memory
 from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import find_recipe, is_tiny, load_recipe
-from vkd_framework.run.checks import check_model, checked
+from vkd_framework.run.checks import check_model, check_pairs, checked
 from vkd_framework.run.folder import check_data, check_models, held, make, run_folder
 from vkd_framework.run.measurements import Measurements
 from vkd_framework.run.metrics import cost_of, metrics_of
@@ -47,6 +47,8 @@ def dry_run(
     adapter = load_adapter(recipe.adapter)
     anatomy = check_model(recipe, adapter)
     splits = data.load(recipe.data) if data.is_here(recipe.data) else None
+    if splits is not None:
+        check_pairs(recipe, splits)
     anatomy, found = looked_at(recipe, adapter, anatomy, splits)
     cost = told(
         recipe,
@@ -74,7 +76,7 @@ def run(
     recipe, adapter = checked(reference, overrides)
     folder = ranks.once(lambda: run_folder(recipe, None if out is None else Path(out), resume))
     splits = data.load(recipe.data)
-    relearn.attackers(recipe.relearn, splits)
+    check_pairs(recipe, splits)
     if recipe.teacher.kind == "external" and recipe.distilled:
         # weights that cannot be had are told before anything is taught
         external.load(recipe.teacher, torch.device("cpu"), recipe.seed)
