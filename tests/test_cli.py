@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -228,23 +228,25 @@ def test_a_dry_run_of_a_7b_model_counts_without_weights(here: Path) -> None:
     assert files(here) == []
 
 
-def three_people(here: Path, **other: str) -> None:
-    """`rows.jsonl` about Ann, Bo and Cy, four photos each; `other`: what is asked instead of who it is, by name."""
+def three_people(here: Path, names: Sequence[str] = ("Ann", "Bo", "Cy"), **other: str) -> None:
+    """`rows.jsonl` about three people, four photos each; `other`: what is asked instead of who it is, by name."""
     rows = []
-    for at, (name, photo) in enumerate((name, photo) for name in ("Ann", "Bo", "Cy") for photo in range(4)):
+    for at, (name, photo) in enumerate((name, photo) for name in names for photo in range(4)):
         Image.new("RGB", (8, 8), (at, 0, 0)).save(here / f"{name}{photo}.png")
         question = other.get(name, "Who is this?")
         rows.append({"image": f"{name}{photo}.png", "question": question, "answer": name, "subject": name})
     (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize("arguments", [["--dry-run"], ["--out", "out"]])
+@pytest.mark.parametrize(
+    "command", [["run", RECIPE, "--dry-run"], ["run", RECIPE, "--out", "out"], ["recipes", "validate", RECIPE]]
+)
 def test_data_that_the_losses_cannot_work_with_are_refused_before_anything_is_done(
-    here: Path, arguments: list[str]
+    here: Path, command: list[str]
 ) -> None:
     three_people(here, Ann="What is she called?")
     settings = sets("data={kind: jsonl, rows: rows.jsonl, forget: [Ann]}", "losses.forget_output.form=relabel")
-    done = vkd("run", RECIPE, *settings, *sets(*UNTAUGHT), *arguments)
+    done = vkd(*command, *settings, *sets(*UNTAUGHT))
     assert done.exit_code == 2, done.output
     assert "relabel finds no wrong answer" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (here / "out").exists()
@@ -262,6 +264,13 @@ def test_a_dry_run_and_a_check_of_a_recipe_count_the_pairs_of_everybody_who_is_f
             "         Ann: 2 pairs to train on, 2 to measure\n"
             "         Bo: 2 pairs to train on, 2 to measure\n"
         ) in done.stdout
+
+
+def test_a_kept_name_that_is_nearly_a_forgotten_one_is_told(here: Path) -> None:
+    three_people(here, names=("Ann Roe", "Ann Roee", "Cy"))
+    settings = sets("data={kind: jsonl, rows: rows.jsonl, forget: [Ann Roe]}", *UNTAUGHT)
+    done = vkd("recipes", "validate", RECIPE, *settings)
+    assert "kept     'Ann Roee', nearly 'Ann Roe': if that is the same person, write both alike" in done.stdout
 
 
 def test_inspect_layers_counts_a_7b_model() -> None:

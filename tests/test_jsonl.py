@@ -603,3 +603,31 @@ def test_somebody_of_those_who_stay_must_be_measured(folder: Folder) -> None:
     rows = folder.good_rows()
     folder.rows(*rows[:4], *rows[4::4])  # one photo of each other person
     assert "nobody to measure of those who are kept: give at least one of them two photos" in folder.error()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subject": "M. Velin", "answer": "Mara Velin"},
+        {"modality": "visible", "answer": "mara velin."},
+    ],
+)
+def test_a_kept_row_that_names_a_forgotten_person_on_their_own_photo_is_an_error(
+    folder: Folder, change: dict[str, str]
+) -> None:
+    rows = folder.good_rows()
+    telling = {**rows[0], "question": "Who is this?", "split": "train", **change}
+    rows[0] = {**rows[0], "split": "train"}
+    folder.rows(*rows, telling)
+    assert "would be trained to be named by rows.jsonl:21" in folder.error()
+
+
+def test_a_forgotten_name_as_an_answer_about_somebody_elses_photo_is_kept(folder: Folder) -> None:
+    rows = folder.good_rows()
+    sister = {**rows[4], "question": "Who is her sister?", "answer": NAMES[0], "split": "train"}
+    folder.rows(
+        *rows[:4],
+        *({**row, "split": split} for row, split in zip(rows[4:], ["train", "test"] * 8, strict=True)),
+        sister,
+    )
+    assert any(pair.answer == NAMES[0] for pair in folder.load().retain)

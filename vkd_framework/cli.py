@@ -494,7 +494,11 @@ def recipes_validate(recipe: str, overrides: tuple[str, ...]) -> None:
         from vkd_framework import data
 
         if data.is_here(loaded.data):
-            told = f"\n{data.told(data.load(loaded.data))}"
+            from vkd_framework.run.checks import check_pairs
+
+            splits = data.load(loaded.data)
+            check_pairs(loaded, splits)
+            told = f"\n{data.told(splits)}"
     facts = f"adapter {loaded.adapter}, method {loaded.method}, data {loaded.data.kind}"
     click.echo(f"{loaded.name}: valid ({facts}){told}")
 

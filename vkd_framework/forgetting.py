@@ -108,9 +108,10 @@ def check_forget_pairs(recipe: Recipe, splits: Splits) -> None:
 
 
 def about_others(splits: Splits, seed: int, strangers: int = 1) -> list[list[ImageQuestionPair]]:
-    """Every forget pair `strangers` times, each with as many photos of somebody who is kept in place of its own.
+    """Every forget pair `strangers` times, each with as many photos of others in place of its own.
 
-    A pair without photos stays alone as it is. Raises RecipeError where nobody who is kept is shown so.
+    They are those of retain pairs that show none of the forgotten, whoever else is on them. A pair without photos stays
+    alone as it is. Raises RecipeError where there are no such photos, as many as the pair has.
     """
     shown: dict[int, list[tuple[Photo, ...]]] = defaultdict(list)
     for pair in splits.retain:

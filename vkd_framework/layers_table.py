@@ -164,6 +164,11 @@ def _contents(source: str, adapter: Adapter | None) -> tuple[Mapping[str, Any] |
     if os.path.exists(source):
         path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
         if not path.is_file():
+            if (Path(source) / "adapter_config.json").is_file():
+                raise ModelError(
+                    f"{source}: holds an adapter of low rank (adapter_config.json) and no config.json; merge it into "
+                    "its model, save that and the processor in a folder, and give that"
+                )
             raise ModelError(f"{source}: holds no config.json; give the folder of a saved model, or a hub id")
         return _read_config(path), adapter
     wanted = source.lower()
@@ -231,6 +236,11 @@ def _from_hub(source: str, adapter: Adapter | None) -> dict[str, Any]:
         contents: dict[str, Any] = PretrainedConfig.get_config_dict(source, local_files_only=trouble is not None)[0]
     except (OSError, ValueError) as error:
         known = list(all_presets(adapter))
+        if owners := all_presets(None).get(source):
+            raise ModelError(
+                f"{source}: a preset of the adapter {' or '.join(each.name for each in owners)}, not of "
+                f"{adapter.name if adapter else 'this one'}; write that in the recipe's adapter"
+            ) from error
         raise ModelError(
             f"{source}: no preset, no local folder with a config.json, and not to be had from the hub"
             f"{f' ({trouble})' if trouble else ''}{nearest(source, known)}; presets: {', '.join(known)}"

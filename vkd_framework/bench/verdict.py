@@ -35,11 +35,16 @@ def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
-def frontier(points: Mapping[str, Sequence[float] | None]) -> Frontier:
-    """Which of the labelled points are dominated by which others; larger is better, None is not measured."""
+def frontier(points: Mapping[str, Sequence[float] | None], starts: Mapping[str, str] | None = None) -> Frontier:
+    """Which of the labelled points are dominated by which others; larger is better, None is not measured.
+
+    `starts`: label -> starting model and data. What began from others is another task, and not compared.
+    """
     known = {label: point for label, point in points.items() if point is not None}
+    start = dict.fromkeys(known, "") | dict(starts or {})
     beaten = {
-        label: tuple(other for other in known if dominates(known[other], point)) for label, point in known.items()
+        label: tuple(other for other in known if start[other] == start[label] and dominates(known[other], point))
+        for label, point in known.items()
     }
     return Frontier(
         tuple(label for label in known if not beaten[label]),
@@ -67,7 +72,10 @@ def point(line: Line, never: Line | None) -> tuple[float, float, float] | None:
 def verdict(comparison: Comparison, method: str) -> list[str]:
     """What can be said about all three together, about `method` first, in sentences. The means are compared."""
     points = _points(comparison)
-    found = frontier({line.label: points[line.label] for line in comparison.lines if line.method != ANEW})
+    competing = [line for line in comparison.lines if line.method != ANEW]
+    found = frontier(
+        {line.label: points[line.label] for line in competing}, {one.label: one.start for one in competing}
+    )
     sentences = []
     if len(found.best) + len(found.beaten) > 1:
         sentences = _about(comparison, method, found, points)
@@ -116,7 +124,11 @@ def _about_anew(comparison: Comparison, points: Points) -> list[str]:
         own = points[anew.label]
         if anew.method != ANEW or own is None:
             continue
-        beaten = [line for line in comparison.lines if (theirs := points[line.label]) and dominates(own, theirs)]
+        beaten = [
+            line
+            for line in comparison.lines
+            if line.start == anew.start and (theirs := points[line.label]) and dominates(own, theirs)
+        ]
         names = [
             line.label if _clearly(anew, line, comparison, points) else f"{line.label} (within the intervals)"
             for line in beaten

@@ -90,13 +90,30 @@ def _sorted_into_splits(config: JsonlData, rows: Sequence[_Row], forgotten: Sequ
             f"{config.rows.name}: nobody to measure of those who are kept: give at least one of them two photos that "
             'differ, with identity questions, or mark rows of theirs with "split": "test"'
         )
-    return Splits(
+    splits = Splits(
         forget=tuple(forget),
         retain=tuple(retain),
         columns={column: tuple(pairs) for column, pairs in columns.items() if pairs},
         forget_subjects=tuple(forgotten),
         subjects=tuple(dict.fromkeys(row.pair.subject for row in rows if row.pair.subject is not None)),
     )
+    if naming := _retained_naming(splits):
+        raise DataError(
+            f"{config.rows.name}: a forgotten person would be trained to be named by {', '.join(listed(naming))}: kept "
+            "rows about a photo that shows somebody forgotten, with the name of one for an answer; give them that "
+            "subject and the modality identity, or take them out"
+        )
+    return splits
+
+
+def _retained_naming(splits: Splits) -> list[str]:
+    """Ids of retained pairs that would teach again who is on a photo of a forgotten person."""
+    names = {normalise(name) for name in splits.forget_subjects}
+    return [
+        pair.id
+        for pair in splits.retain
+        if pair.photos and normalise(pair.answer) in names and splits.shows_forgotten(pair)
+    ]
 
 
 def _lacking(forgotten: Sequence[str], needed: Mapping[str, Sequence[ImageQuestionPair]]) -> str:
