@@ -540,6 +540,7 @@ def test_an_unknown_adapter_given_to_inspect_layers_is_answered_with_the_nearest
     assert "did you mean 'qwen_vl'?" in told(vkd(tmp_path, "inspect-layers", PRESET, "--adapter", "qwen_v1"))
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_found_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)

@@ -104,6 +104,7 @@ def test_forgotten_answers_become_unlikely_while_retained_ones_stay(knowing: MLL
     assert mean_loss(mllm, few.retain) < 0.5
 
 
+@pytest.mark.slow
 def test_with_the_forget_terms_at_zero_strength_it_does_not_matter_what_is_to_be_forgotten(
     knowing: MLLM, few: Splits, tmp_path: Path
 ) -> None:

@@ -236,11 +236,6 @@ def _from_hub(source: str, adapter: Adapter | None) -> dict[str, Any]:
         contents: dict[str, Any] = PretrainedConfig.get_config_dict(source, local_files_only=trouble is not None)[0]
     except (OSError, ValueError) as error:
         known = list(all_presets(adapter))
-        if owners := all_presets(None).get(source):
-            raise ModelError(
-                f"{source}: a preset of the adapter {' or '.join(each.name for each in owners)}, not of "
-                f"{adapter.name if adapter else 'this one'}; write that in the recipe's adapter"
-            ) from error
         raise ModelError(
             f"{source}: no preset, no local folder with a config.json, and not to be had from the hub"
             f"{f' ({trouble})' if trouble else ''}{nearest(source, known)}; presets: {', '.join(known)}"
