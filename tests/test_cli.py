@@ -211,7 +211,8 @@ def test_an_out_folder_below_a_file_is_refused(here: Path) -> None:
 
 
 def test_a_dry_run_prints_the_resolved_recipe_and_the_plan_and_writes_nothing(here: Path) -> None:
-    done = vkd("run", RECIPE, "--dry-run", "--set", "seed=5", "--set", "mask={kind: random, density: 0.25}")
+    few = ("data.people=8", "data.forget=2", "data.strangers=4", "data.extras=4")
+    done = vkd("run", RECIPE, "--dry-run", *sets("seed=5", "mask={kind: random, density: 0.25}", *few))
     assert done.exit_code == 0, done.output
     recipe, _, plan = done.stdout.partition("\n\n")
     assert yaml.safe_load(recipe)["seed"] == 5

@@ -107,7 +107,7 @@ class Killed(Exception):
     """Stands for whatever ends a process in the middle of a run."""
 
 
-@pytest.mark.parametrize("name", ["npo", "kl_min", "mmunlearner"])
+@pytest.mark.parametrize("name", ["npo", "kl_min", pytest.param("mmunlearner", marks=pytest.mark.slow)])
 def test_a_resumed_baseline_still_compares_with_the_starting_model(
     knowing: MLLM, few: Splits, tmp_path: Path, name: str
 ) -> None:

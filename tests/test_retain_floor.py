@@ -82,6 +82,7 @@ def test_below_the_floor_it_does_not_matter_what_is_to_be_forgotten(knowing: MLL
     assert not changed(*ends)
 
 
+@pytest.mark.slow
 def test_a_model_that_never_falls_below_is_trained_as_without_a_floor(
     knowing: MLLM, few: Splits, tmp_path: Path
 ) -> None:

@@ -32,7 +32,9 @@ if importlib.metadata.version("transformers") >= "5":  # 4.57 finds no image pro
     TYPES["aya_vision"] = "tiles, and the whole photo as one more"
 
 
-@pytest.fixture(scope="module", params=list(TYPES))
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "aya_vision")) for name in TYPES]
+)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     return new_adapter(f"my_{request.param}", request.param, tmp_path_factory.mktemp("new") / "package")
 

@@ -166,6 +166,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
     assert not changed(weights(straight), weights(resumed))
 
 
+@pytest.mark.slow
 def test_forget_terms_and_attacker_take_turns_with_twice_their_weight(
     tiny: MLLM, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
