@@ -141,17 +141,32 @@ def test_what_does_not_depend_on_the_method_is_measured_once(bench: Bench) -> No
     assert kept == shared
 
 
-def test_what_was_measured_is_read_only_for_the_same_model_data_and_measurement(tmp_path: Path) -> None:
-    def place(*overrides: str, source: str = "taught") -> Path | None:
+def test_what_was_measured_is_read_only_for_the_same_weights_data_and_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+
+    def place(*overrides: str, folder: str = "taught/0123", weights: str = "some") -> Path | None:
         recipe = load_recipe("qwen2vl_celeb", overrides)
         found = Measurements(recipe, load_adapter("qwen_vl"), Splits((), (), {}, (), ()), tmp_path)
-        return found.shared_place(str(cache_folder() / source / "0123"))
+        source = cache_folder() / folder
+        source.mkdir(parents=True, exist_ok=True)
+        (source / "teaching.json").write_text(json.dumps({"seconds": 1, "weights": weights}))
+        return found.shared_place(str(source))
 
     settings = ("method=vkd_paper", "seed=7", "unlearn.steps=1", "layers=[projector]", "losses.repel.weight=0")
-    assert place() == place(*settings)
+    first = place()
+    assert first is not None and first == place(*settings) == place(folder="taught/4567")
     for other in ("evaluate.max_new_tokens=4", "relearn.learning_rate=1e-3", "data.people=33", "model.dtype=bfloat16"):
-        assert place(other) != place()
-    assert place(source="elsewhere") is None
+        assert place(other) != first
+    assert place(weights="taught on another processor") != first
+    assert place(folder="elsewhere/0123") is None
+    assert (
+        Measurements(
+            load_recipe("qwen2vl_celeb"), load_adapter("qwen_vl"), Splits((), (), {}, (), ()), tmp_path
+        ).shared_place(str(tmp_path / "taught" / "of an older version"))
+        is None
+    )
 
 
 def test_finished_cells_are_only_read(bench: Bench) -> None:
