@@ -327,7 +327,7 @@ def test_a_recipe_whose_people_have_one_photo_each_is_shown_without_a_suggestion
 )
 def test_a_mistake_is_one_line(recipe_file: str, arguments: tuple[str, ...], fragment: str) -> None:
     if "cuda" in str(arguments) and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+        pytest.skip("ends when the machine has no GPU")
     done = inspected(*(recipe_file if word == "RECIPE" else word for word in arguments))
     assert done.exit_code == 2, done.output
     assert len(done.stderr.strip().splitlines()) == 1
