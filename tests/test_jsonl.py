@@ -471,7 +471,7 @@ BROKEN = {
     "empty subject": ({"subject": ""}, 'subject is "", allowed: a name'),
     "image is not there": ({"image": "nobody.png"}, "image 'nobody.png' is not a file in"),
     "image is a folder": ({"image": "mara"}, "image 'mara' is not a file in"),
-    "image is no image": ({"image": "text.png"}, "image 'text.png' cannot be read"),
+    "image is no image": ({"image": "text.png"}, "text.png'); save it as JPEG or PNG"),
     "image is cut short": ({"image": "short.png"}, "image 'short.png' cannot be read"),
     "image is a number": ({"image": 3}, "image is 3, allowed: a path below"),
     "identity without image": ({"image": None, "modality": "identity"}, "image is missing, but modality is 'identity'"),
@@ -585,8 +585,8 @@ def test_missing_files_and_folders_say_what_to_do(folder: Folder) -> None:
     assert "data.rows: there is no file" in folder.error()
     (folder.root / "rows.jsonl").write_text("\n \n")
     assert "is empty; write one JSON object a line" in folder.error()
-    (folder.root / "rows.jsonl").write_bytes(b'{"question": "\xff"}')
-    assert "is not UTF-8 text (byte 14); save it as UTF-8" in folder.error()
+    (folder.root / "rows.jsonl").write_bytes(b'{}\n\n{"question": "\xff"}')
+    assert "is not UTF-8 text (line 3); save it as UTF-8" in folder.error()
     folder.rows(*folder.good_rows())
     assert "data.images: " in folder.error(images=folder.root / "nowhere")
     assert "data.forget: there is no file" in folder.error(forget=folder.root / "names.txt")

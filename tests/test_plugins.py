@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from click.testing import CliRunner, Result
 from conftest import asked_about, picture
 
 from vkd_framework.cli import main
-from vkd_framework.errors import AdapterError, ModelError, RecipeError
+from vkd_framework.errors import AdapterError, DataError, ModelError, RecipeError
 from vkd_framework.generic import locate_vision_modules, tokenize_pairs
 from vkd_framework.hookspecs import hookimpl
 from vkd_framework.plugins import MLLM, Adapter, load_adapter, partition
@@ -147,6 +148,14 @@ def encoded(mllm: MLLM, answer: Any) -> EncodedBatch:
 def test_an_encoded_batch_must_fit_its_pairs(tiny: MLLM, answer: Any) -> None:
     with pytest.raises(AdapterError, match="'mine', hook vkd_tokenize_pairs"):
         encoded(tiny, answer)
+
+
+def test_of_several_pairs_the_one_that_cannot_be_encoded_is_named(tiny: MLLM) -> None:
+    strip = replace(asked_about(picture(3, 900)), id="rows.jsonl:7")
+    with pytest.raises(DataError, match=rf"^rows\.jsonl:7: .* with '{strip.photo_keys[0]}'; change it .*aspect ratio"):
+        tiny.tokenize([asked_about(picture(48, 48)), asked_about(None), strip])
+    with pytest.raises(AdapterError, match="hook vkd_tokenize_pairs: raised ValueError: absolute aspect ratio"):
+        tiny.tokenize([strip])  # nothing tells whose fault it is
 
 
 def test_labels_of_the_processors_own_must_not_reach_the_model(tiny: MLLM) -> None:

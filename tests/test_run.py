@@ -6,7 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import CAST, make_recipe
+from conftest import CAST, make_recipe, picture
 from PIL import Image
 
 from vkd_framework.cache import CACHE_VARIABLE
 from vkd_framework.checkpoint import read_json, write_json
 from vkd_framework.cli import main
 from vkd_framework.errors import DataError, ModelError, RecipeError
-from vkd_framework.plugins import load_adapter
+from vkd_framework.plugins import MLLM, load_adapter
 from vkd_framework.recipe import EVERY_ATTACK, load_recipe
 from vkd_framework.report.formatting import NBSP
 from vkd_framework.report.markdown import escape
-from vkd_framework.run import recipe_of, run
+from vkd_framework.run import dry_run, recipe_of, run
 from vkd_framework.run.folder import check_models, held, make
 from vkd_framework.run.metrics import unseen
 from vkd_framework.run.stages import Run
@@ -97,6 +97,33 @@ def test_the_run_directory_holds_what_the_contract_says_and_nothing_else(finishe
     assert left_over == []
     assert (finished.folder / "model" / "README.md").read_text().startswith("---")
     assert (finished.folder / "recipe.source.yaml").read_text() == Path(finished.recipe).read_text()
+
+
+@pytest.mark.parametrize("start", [run, dry_run])
+def test_a_photo_that_the_processor_refuses_is_told_before_anything_is_written(
+    start: Callable[..., object], tiny: MLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.model.save_pretrained("model")
+    tiny.processor.save_pretrained("model")
+    rows = []
+    for i, size in enumerate(((48, 48), (48, 64), (48, 48), (48, 48), (3, 900))):
+        picture(*size, seed=i).save(f"{i}.png")
+        name = "Ann" if i < 2 else "Bo"
+        rows.append({"image": f"{i}.png", "question": "Who is shown?", "answer": name, "subject": name})
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {key: RECIPE[key] for key in ("name", "adapter", "layers", "unlearn")} | {
+        "model": {"source": "model"},
+        "data": {"kind": "jsonl", "rows": "rows.jsonl", "forget": ["Ann"]},
+        "attacks": [],
+    }
+    Path("strip.yaml").write_text(yaml.safe_dump(settings))
+    before = sorted(tmp_path.iterdir())
+
+    with pytest.raises(DataError, match=r"rows\.jsonl:5: cannot be encoded with '4\.png'.*absolute aspect ratio"):
+        start("strip.yaml", ())
+
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_written_recipe_repeats_the_run(finished: Finished) -> None:

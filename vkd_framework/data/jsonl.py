@@ -396,7 +396,8 @@ def _verified(key: str, folder: Path) -> Photo | str:
     try:
         _ = photo.pixels
     except Exception as error:  # each format has its own
-        return f"image {key!r} cannot be read ({first_line(error)})"
+        unknown = first_line(error).startswith("cannot identify")
+        return f"image {key!r} cannot be read ({first_line(error)}){'; save it as JPEG or PNG' if unknown else ''}"
     return photo
 
 
@@ -565,7 +566,8 @@ def _read(path: Path, key: str, expected: str) -> str:
     except FileNotFoundError:
         raise DataError(f"{key}: there is no file {path}; it must hold {expected}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{key}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{key}: {path} is not UTF-8 text (line {line}); save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{key}: {path} cannot be read ({error.strerror}); it must be a file with {expected}") from None
 

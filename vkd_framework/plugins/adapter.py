@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +11,7 @@ import pluggy
 
 from vkd_framework import hookspecs
 from vkd_framework.encodings import Encodings, fingerprint
-from vkd_framework.errors import AdapterError, HookError, ModelError, on_one_line, with_its_kind
+from vkd_framework.errors import AdapterError, DataError, HookError, ModelError, on_one_line, with_its_kind
 from vkd_framework.generic import GenericPlugin
 from vkd_framework.hookspecs import PROJECT
 from vkd_framework.plugins.model import MLLM, Anatomy, partition
@@ -177,17 +177,32 @@ class Adapter:
         with_answer: bool,
         padding_side: str,
     ) -> EncodedBatch:
-        """Encode pairs; labels are checked to cover something in every row when an answer was asked for."""
+        """Encode pairs; labels are checked to cover something in every row when an answer was asked for.
+
+        Raises DataError where some of the pairs cannot be encoded and others can, naming the first that cannot.
+        """
         hook = "vkd_tokenize_pairs"
-        batch = self._expect(
-            hook,
-            EncodedBatch,
-            processor=processor,
-            pairs=pairs,
-            stop_ids=stop_ids,
-            with_answer=with_answer,
-            padding_side=padding_side,
-        )
+
+        def encoded(some: Sequence[ImageQuestionPair]) -> EncodedBatch:
+            return self._expect(
+                hook,
+                EncodedBatch,
+                processor=processor,
+                pairs=some,
+                stop_ids=stop_ids,
+                with_answer=with_answer,
+                padding_side=padding_side,
+            )
+
+        try:
+            batch = encoded(pairs)
+        except HookError as error:
+            refused = _refused(encoded, pairs)
+            if not 0 < len(refused) < len(pairs):
+                raise
+            pair = refused[0]
+            photos = f" with {' and '.join(map(repr, pair.photo_keys))}" if pair.photos else ""
+            raise DataError(f"{pair.id}: cannot be encoded{photos}; change it or take it out ({error})") from error
         ids = batch.inputs.get("input_ids")
         if not all(hasattr(tensor, "shape") for tensor in (ids, batch.labels, batch.content)) or ids is None:
             raise self._offence(hook, "must return tensors for inputs['input_ids'], labels and content")
@@ -310,6 +325,19 @@ class Adapter:
         names = [name for name in dir(hookspecs) if name.startswith("vkd_")]
         unknown = [name for name in dir(plugin) if name.startswith("vkd_") and name not in names]
         return nearest(unknown[0], names) if unknown else ""
+
+
+def _refused(
+    encoded: Callable[[Sequence[ImageQuestionPair]], EncodedBatch], pairs: Sequence[ImageQuestionPair]
+) -> list[ImageQuestionPair]:
+    """The pairs that cannot be encoded each alone."""
+    refused = []
+    for pair in pairs:
+        try:
+            encoded([pair])
+        except HookError:
+            refused.append(pair)
+    return refused
 
 
 def _is_list_of(kind: type, answer: object) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from vkd_framework import external, ranks, relearn
-from vkd_framework.errors import RecipeError
+from vkd_framework.errors import AdapterError, RecipeError
+from vkd_framework.estimate.known import local_processor
 from vkd_framework.forgetting import check_forget_pairs
 from vkd_framework.layers_table import describe
 from vkd_framework.plugins import Adapter, Anatomy, load_adapter
-from vkd_framework.recipe import Recipe, load_recipe
-from vkd_framework.types import Splits
+from vkd_framework.recipe import Recipe, is_tiny, load_recipe
+from vkd_framework.types import ImageQuestionPair, Splits
 from vkd_framework.unlearn import retain_batches
 from vkd_framework.vanilla import device_of
 
@@ -54,6 +57,32 @@ def check_pairs(recipe: Recipe, splits: Splits) -> None:
     if recipe.procedure == "tune":
         check_forget_pairs(recipe, splits)
         retain_batches(splits, recipe.unlearn, recipe.seed)
+
+
+def check_photos(recipe: Recipe, adapter: Adapter, splits: Splits) -> None:
+    """Raise DataError for a photo of a shape that the model's processor refuses, rather than when its turn comes.
+
+    Of the widest, the highest, the smallest and the largest photo, where the processor is on this machine.
+    """
+    processor = None if is_tiny(recipe.model.source) else local_processor(recipe.model.source)
+    unusual = with_unusual_photos(splits)
+    if processor is None or not unusual:
+        return
+    with suppress(AdapterError):  # one that can encode nothing is told about where it is needed
+        stop_ids = adapter.stop_token_ids(describe(recipe.model.source, adapter).model, processor)
+        adapter.tokenize_pairs(processor, unusual, stop_ids, True, "right")
+
+
+def with_unusual_photos(splits: Splits) -> list[ImageQuestionPair]:
+    """Pairs with the widest, the highest, the smallest and the largest photo, and one with the most nearly square."""
+    pairs = [pair for part in (splits.forget, splits.retain, *splits.columns.values()) for pair in part]
+    shown = {photo.size: pair for pair in pairs for photo in pair.photos}
+    if not shown:
+        return []
+    by_shape = sorted(shown, key=lambda size: size[0] / size[1])
+    by_area = sorted(shown, key=lambda size: size[0] * size[1])
+    square = min(shown, key=lambda size: max(size) / min(size))
+    return [shown[size] for size in dict.fromkeys((square, by_shape[-1], by_shape[0], by_area[0], by_area[-1]))]
 
 
 def check_language_model(recipe: Recipe, anatomy: Anatomy) -> None:

@@ -26,7 +26,7 @@ from vkd_framework.machine import environment, resident_memory
 from vkd_framework.plugins import MLLM, load_adapter, trainable
 from vkd_framework.progress import log_to, say
 from vkd_framework.recipe import find_recipe, is_tiny, load_recipe
-from vkd_framework.run.checks import check_model, check_pairs, checked
+from vkd_framework.run.checks import check_model, check_pairs, check_photos, checked
 from vkd_framework.run.folder import check_data, check_models, held, make, run_folder
 from vkd_framework.run.measurements import Measurements
 from vkd_framework.run.metrics import cost_of, metrics_of
@@ -49,6 +49,7 @@ def dry_run(
     splits = data.load(recipe.data) if data.is_here(recipe.data) else None
     if splits is not None:
         check_pairs(recipe, splits)
+        check_photos(recipe, adapter, splits)
     anatomy, found = looked_at(recipe, adapter, anatomy, splits)
     cost = told(
         recipe,
@@ -77,6 +78,7 @@ def run(
     folder = ranks.once(lambda: run_folder(recipe, None if out is None else Path(out), resume))
     splits = data.load(recipe.data)
     check_pairs(recipe, splits)
+    check_photos(recipe, adapter, splits)
     if recipe.teacher.kind == "external" and recipe.distilled:
         # weights that cannot be had are told before anything is taught
         external.load(recipe.teacher, torch.device("cpu"), recipe.seed)
