@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 
 from vkd_framework.evaluate import exact_match
+from vkd_framework.intervals import wilson
 from vkd_framework.plugins import MLLM
 from vkd_framework.progress import say
 from vkd_framework.recipe import EvaluateConfig, UnlearnConfig
@@ -20,8 +21,9 @@ from vkd_framework.types import ImageQuestionPair
 class RetainFloor:
     """Made before anything is trained, it remembers how many of its pairs the starting model answers.
 
-    The pairs are a fixed sample of the retain pairs with a photo. The model is checked in the last phase only, and not
-    before that phase had `checkpoint_every` steps: before, what is kept is expected to suffer and to be repaired.
+    The pairs are a fixed sample of the retain pairs with a photo. The model is below the floor when the whole 95 %
+    interval of its score on them is: a single pair of a few dozen decides nothing. It is checked in the last phase only,
+    and not before that phase had `checkpoint_every` steps: before, what is kept is expected to suffer and to be repaired.
     Without a floor, a check or a pair, nothing is asked and the floor always holds.
     """
 
@@ -55,11 +57,13 @@ class RetainFloor:
     def holds(self, step: int) -> bool:
         """Whether the model was at or above the floor at the last check; checks before the step when it is time."""
         if self._pairs and step in self.checks:
-            score = exact_match(self._mllm, self._pairs, self._evaluation)
-            held = score >= self._least
+            score, count = exact_match(self._mllm, self._pairs, self._evaluation), len(self._pairs)
+            least, most = wilson(score * count, count)
+            held = most >= self._least
             if held != self._held:
                 then = "forgetting goes on" if held else "only repair until it holds"
-                say(f"unlearn: at step {step} {score:.1%} of the retain pairs, floor {self._least:.1%}; {then}")
+                found = f"{score:.1%} of {count} retain pairs (95 %: {least:.1%} to {most:.1%})"
+                say(f"unlearn: at step {step} {found}, floor {self._least:.1%}; {then}")
             self._held = held
         return self._held
 
