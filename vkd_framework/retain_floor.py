@@ -22,9 +22,9 @@ class RetainFloor:
     """Made before anything is trained, it remembers how many of its pairs the starting model answers.
 
     The pairs are a fixed sample of the retain pairs with a photo. The model is below the floor when the whole 95 %
-    interval of its score on them is: a single pair of a few dozen decides nothing. It is checked in the last phase only,
-    and not before that phase had `checkpoint_every` steps: before, what is kept is expected to suffer and to be repaired.
-    Without a floor, a check or a pair, nothing is asked and the floor always holds.
+    interval of its score on them is: a single pair of a few dozen decides nothing. It is checked in the last phase
+    only, and not before that phase had `checkpoint_every` steps: before, what is kept is expected to suffer and to be
+    repaired. Without a floor, a check or a pair, nothing is asked and the floor always holds.
     """
 
     def __init__(
