@@ -96,7 +96,7 @@ def test_a_model_that_never_falls_below_is_trained_as_without_a_floor(
 
 def test_forgetting_goes_on_when_the_floor_holds_again(knowing: MLLM, few: Splits) -> None:
     mllm = knowing.copy()
-    config = guarded(0.9).unlearn
+    config = guarded(1.0).unlearn
     floor = RetainFloor(mllm, config, SHORT, few.retain, seed=0)
     first, second, third = floor.checks[0], floor.checks[1], STEPS
     assert len(floor.checks) == 2 and third not in floor.checks
